@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/demo.toml
+STAMP := $(VENV)/.installed
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+setup: $(STAMP)  ## a virtual environment with every pinned package
+
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	@command -v $(PYTHON) >/dev/null || { echo "HLLM needs CPython 3.11 ($(PYTHON) not found; say make PYTHON=/path/to/python3.11)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3.11 cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[airflow,test,bench,dev]'
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-data.txt
+	@touch $@
+
+test: setup  ## every test (no root, no server installed beforehand)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup  ## the longer proofs
+	$(BIN)/pytest -m slow
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: help setup test test-slow lint

@@ -1,0 +1,270 @@
+"""Where steps write, and how anyone knows that an output is whole.
+
+An output is a folder `ROOT/STEP/KEY`. Its `manifest.json` is written last: no manifest, no output.
+The key is a digest of everything that determines the output, so "already done" is one look, and an
+output is never overwritten by different settings. ROOT is a local folder or `s3://bucket/prefix`;
+steps always work on local files, and the store carries finished folders to S3 and back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hllm.errors import DataError, InfraError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished output holds. `digest` covers every file's name and content."""
+
+    step: str
+    key: str
+    settings_digest: str
+    code_version: str
+    created_at: str
+    seconds: float
+    digest: str
+    rows: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1, sort_keys=True).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        try:
+            return cls(**json.loads((folder / MANIFEST).read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise DataError(f"is damaged: {error}", where=folder / MANIFEST, remedy="Delete the folder and run the step again.") from None
+
+
+def digest_of(value: Any) -> str:
+    """A stable digest of JSON-like content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """All of it or nothing, whenever the power goes: write beside, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+class Store:
+    """Outputs of steps under one root, local or S3."""
+
+    def __init__(self, root: str, cache: Path | None = None) -> None:
+        self.root = root.rstrip("/")
+        self.remote = self.root.startswith("s3://")
+        if self.remote:
+            self.local = cache or Path.home() / ".cache" / "hllm" / digest_of(self.root)
+        else:
+            self.local = Path(self.root)
+
+    def folder(self, step: str, key: str) -> Path:
+        """The local folder of an output, whether it is finished or not."""
+        return self.local / step / key
+
+    def location(self, step: str, key: str) -> str:
+        """Where the output lives for everybody else."""
+        return f"{self.root}/{step}/{key}"
+
+    def manifest(self, step: str, key: str) -> Manifest | None:
+        """The manifest of a finished output, or None."""
+        folder = self.folder(step, key)
+        found = Manifest.read(folder)
+        if found is None and self.remote:
+            body = read_object(f"{self.location(step, key)}/{MANIFEST}")
+            if body is not None:
+                found = Manifest(**json.loads(body))
+        return found
+
+    def fetch(self, step: str, key: str) -> Path:
+        """The local folder of a finished output, downloaded if it lives in S3.
+
+        Raises:
+            DataError: the output is not finished, or a downloaded file does not match its digest.
+        """
+        folder = self.folder(step, key)
+        if Manifest.read(folder) is not None:
+            return folder
+        manifest = self.manifest(step, key)
+        if manifest is None:
+            raise DataError(f"{step} has no finished output", where=self.location(step, key), remedy=f"Run `hllm plan`, then the step {step}.")
+        for name, digest in manifest.files.items():
+            download(f"{self.location(step, key)}/{name}", folder / name)
+            if digest_file(folder / name) != digest:
+                (folder / name).unlink()
+                raise InfraError("arrived damaged: its digest differs from the manifest's", where=f"{self.location(step, key)}/{name}")
+        manifest.write(folder)
+        return folder
+
+    def finish(self, manifest: Manifest) -> None:
+        """Publish a finished folder: in S3 every file first, the manifest last."""
+        folder = self.folder(manifest.step, manifest.key)
+        if self.remote:
+            location = self.location(manifest.step, manifest.key)
+            with ThreadPoolExecutor(4) as pool:
+                for done in [pool.submit(upload, folder / name, f"{location}/{name}") for name in manifest.files]:
+                    done.result()
+        manifest.write(folder)
+        if self.remote:
+            upload(folder / MANIFEST, f"{location}/{MANIFEST}")
+
+    def finished(self, step: str) -> list[Manifest]:
+        """Every finished output of a step known on this machine, oldest first."""
+        found = [Manifest.read(folder) for folder in sorted((self.local / step).glob("*")) if folder.is_dir()]
+        return sorted((manifest for manifest in found if manifest), key=lambda manifest: manifest.created_at)
+
+    @contextmanager
+    def lock(self, step: str, key: str) -> Iterator[None]:
+        """One process at a time per output; the lock dies with its process."""
+        import fcntl
+
+        folder = self.local / step
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{key}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InfraError("another process is writing this output", where=self.location(step, key), remedy="Wait for it, then run again.") from None
+            yield
+
+
+def file_digests(folder: Path, exclude: tuple[str, ...] = ("work",)) -> dict[str, str]:
+    """Relative name -> sha256 of every file; `exclude` names top folders (scratch: checkpoints, partial shards)."""
+    return {
+        str(path.relative_to(folder)): digest_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and path.relative_to(folder).parts[0] not in exclude and not path.name.startswith(".")
+    }
+
+
+# ---- S3 through boto3: credentials from the SDK's own chain, endpoint from AWS_ENDPOINT_URL_S3 ----
+
+
+def is_s3(location: str) -> bool:
+    return location.startswith("s3://")
+
+
+def s3_client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        config=Config(
+            retries={"max_attempts": 5, "mode": "standard"},
+            s3={"addressing_style": os.environ.get("HLLM_S3_ADDRESSING", "path")},
+            connect_timeout=10,
+            read_timeout=60,
+        ),
+    )
+
+
+def split_s3(location: str) -> tuple[str, str]:
+    parts = urlsplit(location)
+    return parts.netloc, parts.path.lstrip("/")
+
+
+@contextmanager
+def s3_errors(location: str) -> Iterator[None]:
+    """S3's many exceptions as the two that matter: you can fix it (DataError), or try again (InfraError)."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code in {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}:
+            raise DataError("does not exist", where=location) from None
+        if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
+            raise InfraError("access denied", where=location, remedy="Check the AWS credentials of this process.") from None
+        raise InfraError(str(error), where=location) from None
+    except (BotoCoreError, Boto3Error) as error:
+        raise InfraError(str(error), where=location, remedy="Check AWS_ENDPOINT_URL_S3 and the credentials; retrying helps when the network failed.") from None
+
+
+def upload(path: Path, location: str) -> None:
+    bucket, key = split_s3(location)
+    with s3_errors(location):
+        s3_client().upload_file(str(path), bucket, key)
+
+
+def download(location: str, path: Path) -> Path:
+    """Fetch one object; the file appears whole or not at all."""
+    bucket, key = split_s3(location)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    with s3_errors(location):
+        s3_client().download_file(bucket, key, str(partial))
+    os.replace(partial, path)
+    return path
+
+
+def read_object(location: str) -> bytes | None:
+    """The content of one small object, or None when there is none."""
+    bucket, key = split_s3(location)
+    try:
+        with s3_errors(location):
+            return s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    except DataError:
+        return None
+
+
+def list_objects(location: str) -> list[str]:
+    """Every object under a prefix, page by page."""
+    bucket, prefix = split_s3(location)
+    with s3_errors(location):
+        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
+
+
+def fingerprint(location: str) -> str:
+    """What a source file's content is known by: sha256 of a local file, entity tag and size of an S3 object."""
+    if is_s3(location):
+        bucket, key = split_s3(location)
+        with s3_errors(location):
+            head: Mapping[str, Any] = s3_client().head_object(Bucket=bucket, Key=key)
+        return f"{head['ETag']}-{head['ContentLength']}"
+    try:
+        return digest_file(Path(location))
+    except FileNotFoundError:
+        raise DataError("no such file", where=location) from None
+    except IsADirectoryError:
+        raise DataError("is a folder, not a file", where=location) from None
+
+
+def clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

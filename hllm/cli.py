@@ -1,0 +1,225 @@
+"""`hllm`: one command per step of the pipeline. The same argv runs by hand, in Airflow and in a pod."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hllm import settings as settings_module
+from hllm.errors import ConfigError, HLLMError, Terminated
+from hllm.settings import Settings
+from hllm.steps import FAMILIES, embed_name, execute, terminate, train_name
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Config = Annotated[Path | None, typer.Option("--config", "-c", envvar="HLLM_CONFIG", help="Settings file (TOML).")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="A.B=C", help="Override one setting; may be repeated.")]
+Force = Annotated[bool, typer.Option("--force", help="Run again even though the output exists.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Version = Annotated[str | None, typer.Option("--version", help="Model version; the one these settings registered when left out.")]
+Family = Annotated[str | None, typer.Option(help=f"Model family: {', '.join(FAMILIES)}. The settings' model.family when left out.")]
+
+
+@app.command()
+def ingest(config: Config = None, set: Set = None, force: Force = False, debug: Debug = False) -> None:
+    """Read the raw log and catalogue into two canonical tables."""
+    _step("ingest", config, set, force, debug)
+
+
+@app.command()
+def validate(config: Config = None, set: Set = None, force: Force = False, debug: Debug = False) -> None:
+    """Check both tables with Great Expectations; quarantine the rows that fail."""
+    _step("validate", config, set, force, debug)
+
+
+@app.command()
+def prepare(config: Config = None, set: Set = None, force: Force = False, debug: Debug = False) -> None:
+    """Number items and users, order and split histories, tokenise every item text once."""
+    _step("prepare", config, set, force, debug)
+
+
+@app.command()
+def train(
+    stage: Annotated[int, typer.Option(min=1, help="1: end to end. 2: the user model alone, from the item cache.")] = 1,
+    family: Family = None,
+    config: Config = None,
+    set: Set = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Train one stage of one model family; continues from the last checkpoint."""
+    with _command(debug):
+        settings = settings_module.load(config, set or ())
+        chosen = _family(family, settings)
+        if stage not in FAMILIES[chosen]:
+            typer.echo(f"train: {chosen} has no stage {stage} (its stages: {', '.join(map(str, FAMILIES[chosen]))}); nothing to do")
+            return
+        _run(train_name(chosen, stage), settings, force)
+
+
+@app.command()
+def embed(
+    stage: Annotated[int, typer.Option(help="1: encode every item into the item cache. 3: freeze, export every item and user.")] = 1,
+    family: Family = None,
+    config: Config = None,
+    set: Set = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Encode items, or export every item and user vector; continues at the next shard."""
+    with _command(debug):
+        settings = settings_module.load(config, set or ())
+        chosen = _family(family, settings)
+        if stage not in (1, 3):
+            raise ConfigError("embed knows stage 1 (item cache) and stage 3 (export)", where=f"--stage {stage}")
+        _run(embed_name(chosen, stage), settings, force)
+
+
+@app.command()
+def evaluate(config: Config = None, set: Set = None, force: Force = False, debug: Debug = False) -> None:
+    """Rank the whole catalogue for every held-out event, for every model."""
+    _step("evaluate", config, set, force, debug)
+
+
+@app.command()
+def register(config: Config = None, set: Set = None, debug: Debug = False) -> None:
+    """Log the model to MLflow, pass the gate, write the report, set the alias `candidate`."""
+    with _command(debug):
+        from hllm.registry.register import register as act
+
+        act(settings_module.load(config, set or ()))
+
+
+@app.command()
+def publish(version: Version = None, config: Config = None, set: Set = None, debug: Debug = False) -> None:
+    """Write a version's user and item vectors to Feast, in views of their own."""
+    with _command(debug):
+        from hllm.features.publish import publish as act
+
+        act(settings_module.load(config, set or ()), version)
+
+
+@app.command()
+def verify(version: Version = None, config: Config = None, set: Set = None, debug: Debug = False) -> None:
+    """Read a published version back from Feast and compare it with the export."""
+    with _command(debug):
+        from hllm.features.verify import verify as act
+
+        act(settings_module.load(config, set or ()), version)
+
+
+@app.command()
+def promote(
+    version: Version = None,
+    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
+    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
+    at: Annotated[str, typer.Option("--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out.")] = "",
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Move the alias `champion` to a version that has been published and verified."""
+    with _command(debug):
+        from hllm.registry.promote import promote as act
+
+        act(settings_module.load(config, set or ()), version, by=by, note=note, at=at)
+
+
+@app.command()
+def rollback(
+    to: Annotated[str | None, typer.Option("--to", help="Version to return to; the champion before this one when left out.")] = None,
+    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
+    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Move the alias `champion` back to an earlier, still published version."""
+    with _command(debug):
+        from hllm.registry.promote import rollback as act
+
+        act(settings_module.load(config, set or ()), to, by=by, note=note)
+
+
+@app.command()
+def plan(config: Config = None, set: Set = None, debug: Debug = False) -> None:
+    """Print the steps, what is already done, and where each output is."""
+    with _command(debug):
+        from hllm.plan import plan as act
+
+        act(settings_module.load(config, set or ()))
+
+
+@app.command()
+def doctor(config: Config = None, set: Set = None, debug: Debug = False) -> None:
+    """Check this machine: packages, memory, disk, GPU, and whether MLflow, Feast and S3 answer."""
+    with _command(debug):
+        from hllm.doctor import doctor as act
+
+        act(settings_module.load(config, set or ()))
+
+
+def main() -> None:
+    app()
+
+
+def _step(name: str, config: Path | None, overrides: list[str] | None, force: bool, debug: bool) -> None:
+    with _command(debug):
+        _run(name, settings_module.load(config, overrides or ()), force)
+
+
+def _run(name: str, settings: Settings, force: bool) -> None:
+    outcome = execute(name, settings, force)
+    manifest, where = outcome.manifest, f"{settings.run.root}/{name}/{outcome.manifest.key}"
+    rows = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in manifest.rows.items())
+    if outcome.reused:
+        typer.echo(f"{name}: reused, nothing changed since {manifest.created_at} ({rows or 'done'}) -> {where}")
+    else:
+        typer.echo(f"{name}: done in {manifest.seconds:.1f} s ({rows or 'done'}) -> {where}")
+
+
+def _family(family: str | None, settings: Settings) -> str:
+    chosen = family or settings.model.family
+    if chosen not in FAMILIES:
+        raise ConfigError(f"is not a model family; there are {', '.join(FAMILIES)}", where=f"--family {chosen}")
+    return chosen
+
+
+@contextlib.contextmanager
+def _command(debug: bool) -> Iterator[None]:
+    """Errors as a person reads them, and as exit codes that a scheduler acts on."""
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except Terminated:
+        _say_last("stopped by SIGTERM; the same command continues from the last checkpoint")
+        raise SystemExit(Terminated.exit_code) from None
+    except HLLMError as error:
+        if debug:
+            raise
+        _say_last(str(error))
+        raise SystemExit(error.exit_code) from None
+    except (SystemExit, typer.Exit):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        _say_last(f"{type(error).__name__}: {error}\n  This is a bug. Run the same command with --debug for the traceback.")
+        raise SystemExit(HLLMError.exit_code) from None
+
+
+def _say_last(message: str) -> None:
+    """To stderr, and its first line to where Kubernetes looks for the reason of a container's death."""
+    typer.echo(f"error: {message}", err=True)
+    log = Path(os.environ.get("HLLM_TERMINATION_LOG", "/dev/termination-log"))
+    if log.exists() or "HLLM_TERMINATION_LOG" in os.environ:
+        with contextlib.suppress(OSError):
+            log.write_text(message.splitlines()[0] + "\n", "utf-8")
+
+

@@ -1,0 +1,420 @@
+"""Every setting, in one frozen tree read from one TOML file.
+
+Order of precedence, last wins: the defaults below, the TOML file, the environment
+(`HLLM__TRAIN__STAGE1__BATCH_SIZE=64`), `--set train.stage1.batch_size=64`.
+Unknown keys are errors. `Settings.model_json_schema()` also feeds the trigger form in Airflow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hllm.errors import ConfigError
+
+ENV_PREFIX = "HLLM__"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: str = "default"
+    """Names the pipeline: the MLflow experiment, and the runs that volume and freshness are compared with."""
+    root: str = "runs/default"
+    """Where every step writes: a folder or `s3://bucket/prefix`."""
+    seed: int = 17
+    """Seeds weights, batches, negatives and bootstrap samples."""
+    threads: int = Field(0, ge=0)
+    """CPU threads for PyTorch and DuckDB; 0 means every core."""
+
+
+class Columns(Section):
+    user_id: str = "user_id"
+    """Column of the interactions file that names the user."""
+    item_id: str = "item_id"
+    """Column of both files that names the item."""
+    timestamp: str = "timestamp"
+    """Column of the interactions file with the time of the event. Empty: the file is ordered and has no times;
+    row n gets `data.order_starts` + n seconds."""
+    label: str = ""
+    """Column with 0/1 labels; empty when there is none."""
+    event: str = ""
+    """Column with the kind of event (view, buy, ...); empty when there is none."""
+    created_at: str = ""
+    """Column of the items file with the item's creation time; empty when there is none."""
+    texts: tuple[str, ...] = ("title",)
+    """Text columns of the items file, in the order in which the Item LLM reads them."""
+
+
+class Data(Section):
+    source: Literal["movielens", "amazon", "table"] = "table"
+    """`movielens`: ml-100k atomic files. `amazon`: `NAME.inter.json` + `NAME.item.json`, order only.
+    `table`: Parquet or CSV with the names in `data.columns`."""
+    path: str = ""
+    """Folder (or s3://) of a `movielens` or `amazon` source. Empty, for movielens: the copy inside the installed recbole wheel."""
+    interactions: str = ""
+    """Interactions file of a `table` source: local path or s3://, .parquet or .csv."""
+    items: str = ""
+    """Items file of a `table` source: local path or s3://, .parquet or .csv."""
+    columns: Columns = Columns()
+    """How the columns of a `table` source are called."""
+    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
+    """Unit of the source's timestamps: seconds, milliseconds, microseconds since 1970, or ISO 8601 text (UTC when it names no zone)."""
+    order_starts: int = 1_000_000_000
+    """Sources without times: the n-th event of a user happens at this second + n."""
+    positive_rating: float = 4.0
+    """Ratings of at least this much get label 1, others 0 (movielens)."""
+    batch_rows: int = Field(65_536, ge=1)
+    """Rows read at a time: bounds memory, whatever the size of the log."""
+
+
+class Validation(Section):
+    not_before: str = "1990-01-01"
+    """Events before this day (UTC) are quarantined."""
+    max_future_hours: float = Field(0.0, ge=0)
+    """How far in the future an event may lie before it is quarantined (clock skew)."""
+    max_text_chars: int = Field(50_000, ge=1)
+    """Items with a longer text are quarantined: it is nearly always a page scraped by mistake."""
+    max_quarantined: float = Field(0.01, ge=0, le=1)
+    """The largest share of rows of a table that may be quarantined before the step fails, for each reason not named below."""
+    max_unknown_items: float = Field(0.001, ge=0, le=1)
+    """The largest share of interactions whose item the catalogue lacks."""
+    max_duplicates: float = Field(0.01, ge=0, le=1)
+    """The largest share of events that repeat an earlier event (same user, item and second)."""
+    max_empty_texts: float = Field(0.01, ge=0, le=1)
+    """The largest share of items without any text."""
+    min_rows_vs_previous: float = Field(0.5, ge=0)
+    """A log with less than this share of the previous run's rows fails: half a log is worse than none."""
+    max_days_stale: float = Field(0.0, ge=0)
+    """Fail when the newest event is older than this many days; 0 turns the check off (historic data)."""
+
+
+class Prepare(Section):
+    k_core: int = Field(0, ge=0)
+    """Drop users and items with fewer events than this, repeatedly until all have it; 0 keeps everything."""
+    split: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    """`leave_one_out`: each user's last event is test, the one before validation.
+    `temporal`: events from `valid_from` on are validation, from `test_from` on test."""
+    valid_from: str = ""
+    """First day of the validation period (temporal split), e.g. 1998-03-01."""
+    test_from: str = ""
+    """First day of the test period (temporal split)."""
+    prompt: str = "Compress the following item information into an embedding: "
+    """Fixed text before every item's fields."""
+    field_template: str = "{name}: {value}"
+    """How one text field is written."""
+    field_separator: str = "\n"
+    """What stands between two text fields."""
+    max_tokens: int = Field(256, ge=4)
+    """Tokens kept of an item, prompt included, [ITEM] not included."""
+
+
+class Decoder(Section):
+    backbone: str = ""
+    """A local folder, a hub name, or a .gguf file that `transformers` loads as a decoder; `package:NAME/FILE` finds a file
+    inside an installed Python package. Empty: the small random decoder given by width, heads and layers."""
+    pretrained: bool = True
+    """Load the backbone's weights; false keeps its shape and starts at random."""
+    layers: int = Field(0, ge=0)
+    """Keep only the first layers of the backbone; 0 keeps all."""
+    width: int = Field(64, ge=2)
+    """Vector width of the random decoder when no backbone is named."""
+    heads: int = Field(2, ge=1)
+    """Attention heads of the random decoder when no backbone is named."""
+
+
+class SASRec(Section):
+    width: int = Field(64, ge=2)
+    """Width of the item embeddings and of every layer."""
+    layers: int = Field(2, ge=1)
+    """Self-attention blocks."""
+    heads: int = Field(2, ge=1)
+    """Attention heads."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout on embeddings, attention and feed-forward."""
+
+
+class Model(Section):
+    family: Literal["hllm", "sasrec"] = "hllm"
+    """The family that is registered and published. SASRec and most-popular are always trained beside it for comparison."""
+    item_llm: Decoder = Decoder()
+    """Reads an item's text into one vector."""
+    user_llm: Decoder = Decoder()
+    """Reads item vectors into the next interest."""
+    sasrec: SASRec = SASRec()
+    """The ID-based baseline."""
+    temperature: float = Field(0.07, gt=0)
+    """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
+    false_negative_cosine: float = Field(0.99, gt=0, le=1)
+    """A negative closer than this to the target is masked."""
+
+
+class Stage(Section):
+    history_length: int = Field(50, ge=2)
+    """Events in one training window."""
+    batch_size: int = Field(32, ge=1)
+    """Windows per step."""
+    negatives: int = Field(512, ge=1)
+    """Items drawn uniformly from the catalogue, shared by the batch; at least the catalogue's size means all of it."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over all windows; ignored when `steps` is given."""
+    steps: int = Field(0, ge=0)
+    """Optimizer steps; 0 derives them from `epochs`."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps with rising learning rate; a cosine to a tenth follows."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW weight decay on matrices (never on norms, biases and scalars)."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between looks at the validation events (the best weights are kept); 0 keeps the last weights."""
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    """Minutes between checkpoints; SIGTERM writes one too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward and backward pass (weights stay fp32)."""
+
+
+class Train(Section):
+    stage1: Stage = Stage(history_length=10, batch_size=32)
+    """End to end: both LLMs, short histories."""
+    stage2: Stage = Stage(history_length=200, batch_size=32)
+    """The User LLM alone over cached item vectors, long histories."""
+    sasrec: Stage = Stage(history_length=200, batch_size=128, epochs=50, lr=1e-3)
+    """The ID-based baseline, trained in one stage."""
+
+
+class Embed(Section):
+    tokens_per_batch: int = Field(8192, ge=1)
+    """Item tokens encoded at a time."""
+    shard_items: int = Field(50_000, ge=1)
+    """Items per shard of the item cache: a killed encoding continues at the next shard."""
+    users_per_batch: int = Field(256, ge=1)
+    """Users encoded at a time."""
+    shard_users: int = Field(100_000, ge=1)
+    """Users per exported file."""
+    max_history: int = Field(200, ge=1)
+    """The most recent events that the user model reads at inference."""
+
+
+class Evaluation(Section):
+    cutoffs: tuple[int, ...] = (5, 10, 50, 200)
+    """K of Recall@K and NDCG@K."""
+    filter_history: bool = True
+    """Whether the headline numbers leave out items the user already has; both are always reported."""
+    cold_item_events: int = Field(0, ge=0)
+    """Items with at most this many training events are cold."""
+    long_tail_item_events: int = Field(29, ge=0)
+    """Items with at most this many (and more than cold) are long-tail."""
+    cold_user_events: int = Field(5, ge=0)
+    """Users with at most this many training events are cold."""
+    long_tail_user_events: int = Field(35, ge=0)
+    """Users with at most this many (and more than cold) are long-tail."""
+    bootstrap: int = Field(1000, ge=10)
+    """Resamples of the users behind every interval."""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    """Level of the intervals."""
+    example_users: int = Field(10, ge=0)
+    """Users whose recommendations the report shows."""
+
+
+class Gate(Section):
+    metric: str = "ndcg@10"
+    """The metric the gate looks at, on the held-out test events."""
+    min_vs_popular: float = 1.0
+    """The candidate's metric must exceed this multiple of most-popular's."""
+    min_vs_sasrec: float = 0.0
+    """... of SASRec's; 0 reports the comparison without failing on it."""
+    min_vs_champion: float = 0.98
+    """... of the champion's on the same events, when there is a champion."""
+
+
+class Mlflow(Section):
+    tracking_uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow's store or server; the variable MLFLOW_TRACKING_URI wins when set."""
+    artifact_root: str = "runs/mlflow-artifacts"
+    """Where a new experiment keeps its files: a folder or s3:// (a server may decide for itself)."""
+    model_name: str = "hllm"
+    """The registered model's name."""
+    keep_system_metrics: bool = True
+    """Sample CPU, memory and GPU of every step."""
+
+
+class Feast(Section):
+    repo: str = "feature_repo"
+    """Folder of the Feast repository."""
+    project: str = "hllm"
+    """Feast project."""
+    registry: str = "runs/feast/registry.db"
+    """Registry: a file, s3:// or a SQL URL (postgresql+psycopg://...)."""
+    online: Literal["sqlite", "redis", "postgres"] = "sqlite"
+    """Online store."""
+    online_url: str = "runs/feast/online.db"
+    """SQLite file, `host:port` of Redis, or `host:port/database` of Postgres; the password comes from HLLM_FEAST_PASSWORD."""
+    offline: Literal["file", "postgres"] = "file"
+    """Offline store."""
+    offline_path: str = "runs/feast/offline"
+    """Folder (or s3://) of the published Parquet files; `host:port/database` for Postgres."""
+    write_batch_rows: int = Field(5_000, ge=1)
+    """Rows per write to the online store."""
+    verify_sample: int = Field(1_000, ge=1)
+    """Random users and items whose online vectors are compared bit by bit before promotion."""
+
+
+class Release(Section):
+    approve_automatically: bool = False
+    """Answer Airflow's approval request at once, in the name `approved_by`. For demonstrations: a person should decide."""
+    approved_by: str = "automatic"
+    """The name an automatic approval is recorded under."""
+    timeout_hours: float = Field(72.0, gt=0)
+    """How long a candidate waits for its decision."""
+
+
+class Runner(Section):
+    kind: Literal["local"] = "local"
+    """How Airflow starts a step: a local process."""
+    retries: int = Field(1, ge=0)
+    """Retries of a step that failed with InfraError (75) or was terminated."""
+
+
+class Settings(Section):
+    run: Run = Run()
+    data: Data = Data()
+    validation: Validation = Validation()
+    prepare: Prepare = Prepare()
+    model: Model = Model()
+    train: Train = Train()
+    embed: Embed = Embed()
+    evaluation: Evaluation = Evaluation()
+    gate: Gate = Gate()
+    mlflow: Mlflow = Mlflow()
+    feast: Feast = Feast()
+    release: Release = Release()
+    runner: Runner = Runner()
+
+    def at(self, dotted: str) -> Any:
+        """The value or section at `a.b.c`."""
+        value: Any = self
+        for part in dotted.split("."):
+            value = getattr(value, part)
+        return value
+
+
+def load(path: str | Path | None, overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from a TOML file, the environment and `a.b=c` overrides.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a key is unknown (with the nearest key), a value does not fit.
+    """
+    where = str(path) if path else "settings"
+    tree = _read_toml(Path(path)) if path else {}
+    sources = {}  # dotted key -> where the user typed it
+    for key, value in environ.items():
+        if key.startswith(ENV_PREFIX):
+            dotted = key.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            _put(tree, dotted, value, key)
+            sources[dotted] = key
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError("is not of the form section.key=value", where=f"--set {override}")
+        _put(tree, dotted.strip(), value, f"--set {override}")
+        sources[dotted.strip()] = f"--set {override}"
+    _refuse_unknown(tree, Settings, "", where, sources)
+    try:
+        return Settings.model_validate(_merge(Settings().model_dump(), tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}",
+            where=sources.get(dotted, where),
+            remedy=f"{dotted}: {describe(dotted)}",
+        ) from None
+
+
+def describe(dotted: str) -> str:
+    """The docstring of one setting."""
+    section, _, name = dotted.rpartition(".")
+    model = _section_at(section)
+    field = model.model_fields.get(name) if model else None
+    return " ".join((field.description or "").split()) if field else ""
+
+
+def _merge(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A partly written section keeps the section's own defaults (stage 1 and stage 2 differ)."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such settings file", where=path, remedy=f"Looked in {path.resolve()}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not valid TOML: {error}", where=path) from None
+
+
+def _put(tree: dict[str, Any], dotted: str, text: str, source: str) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{parent} is a value, not a section", where=source)
+    try:
+        tree[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[last] = text
+
+
+def _refuse_unknown(tree: Mapping[str, Any], model: type[Section], prefix: str, where: str, sources: Mapping[str, str]) -> None:
+    for key, value in tree.items():
+        dotted = prefix + key
+        if key not in model.model_fields:
+            near = difflib.get_close_matches(dotted, list(_all_keys(Settings)), n=1, cutoff=0.6)
+            typed = next((source for path, source in sources.items() if path.startswith(dotted)), where)
+            raise ConfigError(
+                f"{dotted} is not a setting." + (f" Did you mean {near[0]}?" if near else ""),
+                where=typed,
+                remedy=f"Known here: {', '.join(prefix + name for name in model.model_fields)}.",
+            )
+        section = _section_type(model, key)
+        if section and isinstance(value, Mapping):
+            _refuse_unknown(value, section, dotted + ".", where, sources)
+
+
+def _section_type(model: type[Section], name: str) -> type[Section] | None:
+    annotation = typing.get_type_hints(model)[name]
+    if isinstance(annotation, types.GenericAlias):
+        return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _section_at(dotted: str) -> type[Section] | None:
+    model: type[Section] | None = Settings
+    for part in filter(None, dotted.split(".")):
+        model = _section_type(model, part) if model and part in model.model_fields else None
+    return model
+
+
+def _all_keys(model: type[Section], prefix: str = "") -> Iterable[str]:
+    for name in model.model_fields:
+        yield prefix + name
+        section = _section_type(model, name)
+        if section:
+            yield from _all_keys(section, prefix + name + ".")

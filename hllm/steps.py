@@ -1,0 +1,264 @@
+"""The pipeline as data: every step, what it needs, what settings decide its output, and how one is executed.
+
+`hllm plan`, the commands and the Airflow DAGs all read this file, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import hllm
+from hllm.artifacts import Manifest, Store, clear, digest_of, file_digests
+from hllm.errors import ConfigError, DataError, Terminated
+from hllm.settings import Settings
+
+WORK = "work"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the pipeline."""
+
+    name: str
+    argv: tuple[str, ...]
+    title: str
+    needs: tuple[str, ...]
+    decides: tuple[str, ...]
+    """Dotted settings that change the output; together with the keys of `needs` they make the output's key."""
+    run: str
+    """`module:function`, imported only when the step really runs: `function(context) -> None`."""
+    revision: int = 1
+    """Raised when the step's code changes what it writes."""
+
+
+FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,)}
+"""Family -> its training stages."""
+
+_TRAIN_DECIDES = {
+    ("hllm", 1): ("run.seed", "model.item_llm", "model.user_llm", "model.temperature", "model.false_negative_cosine", "train.stage1"),
+    ("hllm", 2): ("run.seed", "train.stage2"),
+    ("sasrec", 1): ("run.seed", "model.sasrec", "model.temperature", "model.false_negative_cosine", "train.sasrec"),
+}
+
+
+def train_name(family: str, stage: int) -> str:
+    return f"train-{family}-{stage}"
+
+
+def embed_name(family: str, stage: int) -> str:
+    return f"embed-{family}-{stage}"
+
+
+def steps(settings: Settings) -> dict[str, Step]:
+    """The steps up to the evaluation, in an order in which they can run. Registering and publishing
+    act on services and are found in `hllm.registry` and `hllm.features`."""
+    found = [
+        Step("ingest", ("ingest",), "raw log and catalogue -> two canonical tables", (), ("data",), "hllm.data.ingest:ingest"),
+        Step("validate", ("validate",), "Great Expectations, quarantine", ("ingest",), ("validation", "run.name"), "hllm.data.validate:validate"),
+        Step("prepare", ("prepare",), "ids, histories, token store", ("validate",), ("prepare", "model.item_llm.backbone"), "hllm.data.prepare:prepare"),
+    ]
+    evaluated: list[str] = []
+    for family, stages in FAMILIES.items():
+        for stage in stages:
+            cache = () if stage == 1 else (train_name(family, 1), embed_name(family, 1))
+            found.append(
+                Step(
+                    train_name(family, stage),
+                    ("train", "--family", family, "--stage", str(stage)),
+                    f"{family} stage {stage}",
+                    ("prepare", *cache),
+                    _TRAIN_DECIDES[family, stage],
+                    "hllm.training.train:train",
+                )
+            )
+            evaluated.append(train_name(family, stage))
+            if stage == 1:
+                found.append(
+                    Step(
+                        embed_name(family, 1),
+                        ("embed", "--family", family, "--stage", "1"),
+                        f"{family}: every item encoded once",
+                        ("prepare", train_name(family, 1)),
+                        (),
+                        "hllm.embedding.items:embed_items",
+                    )
+                )
+                evaluated.append(embed_name(family, 1))
+    main = settings.model.family
+    last = train_name(main, FAMILIES[main][-1])
+    found.append(
+        Step(
+            embed_name(main, 3),
+            ("embed", "--family", main, "--stage", "3"),
+            f"{main}: frozen; every item and user exported",
+            tuple(dict.fromkeys(("prepare", train_name(main, 1), embed_name(main, 1), last))),
+            ("embed.max_history",),
+            "hllm.embedding.export:export",
+        )
+    )
+    found.append(
+        Step("evaluate", ("evaluate",), "full ranking of every model", ("prepare", *evaluated), ("evaluation", "run.seed", "embed.max_history"), "hllm.evaluation.evaluate:evaluate")
+    )
+    return {step.name: step for step in found}
+
+
+def keys(settings: Settings) -> dict[str, str]:
+    """The output key of every step, computed without running anything."""
+    from hllm.data.readers import source_fingerprints
+
+    found: dict[str, str] = {}
+    for step in steps(settings).values():
+        found[step.name] = digest_of(
+            {
+                "step": step.name,
+                "revision": step.revision,
+                "settings": settings_of(step, settings),
+                "needs": [found[need] for need in step.needs],
+                "source": source_fingerprints(settings.data) if step.name == "ingest" else None,
+            }
+        )
+    return found
+
+
+def settings_of(step: Step, settings: Settings) -> dict[str, Any]:
+    """The values that decide a step's output."""
+    values = {dotted: settings.at(dotted) for dotted in step.decides}
+    return {dotted: value.model_dump(mode="json") if hasattr(value, "model_dump") else value for dotted, value in values.items()}
+
+
+def pipeline_key(keys: Mapping[str, str]) -> str:
+    """Names one whole pipeline: same data, same settings, same key. The MLflow parent run carries it."""
+    return digest_of(sorted(keys.items()))
+
+
+@dataclass
+class Context:
+    """What a running step sees: its settings, its inputs as local folders, and where to write."""
+
+    settings: Settings
+    step: Step
+    key: str
+    inputs: Mapping[str, Path]
+    output: Path
+    store: Store
+    tracker: Any = None
+    rows: dict[str, int] = field(default_factory=dict)
+    """Row counts for the manifest."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Anything small a reader of the manifest wants to know."""
+
+    @property
+    def work(self) -> Path:
+        """Scratch that survives a kill (checkpoints, partial shards) and is removed when the step is done."""
+        folder = self.output / WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def log(self, values: Mapping[str, float], at: int) -> None:
+        """One point of each curve: kept in the output's `curves.jsonl` and sent to MLflow."""
+        with (self.output / "curves.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n")
+        if self.tracker:
+            self.tracker.log_metrics(values, at)
+
+    @contextlib.contextmanager
+    def graceful(self) -> Iterator[threading.Event]:
+        """SIGTERM sets the event instead of interrupting: finish the current unit of work, checkpoint, raise Terminated."""
+        stopping = threading.Event()
+        if threading.current_thread() is not threading.main_thread():
+            yield stopping
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+        try:
+            yield stopping
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def terminate(*_: object) -> None:
+    """The SIGTERM handler of commands: unwind, release locks, exit 143."""
+    raise Terminated
+
+
+@dataclass(frozen=True)
+class Outcome:
+    manifest: Manifest
+    reused: bool
+
+
+def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
+    """Run one step, or find that it has been done.
+
+    Raises:
+        ConfigError: there is no such step with these settings.
+        DataError: an input is not finished.
+    """
+    found = steps(settings)
+    if name not in found:
+        raise ConfigError(f"no step {name} with these settings", remedy=f"Steps: {', '.join(found)}.")
+    step, all_keys = found[name], keys(settings)
+    store, key = Store(settings.run.root), all_keys[name]
+    done = store.manifest(name, key)
+    if done and not force:
+        return Outcome(done, reused=True)
+    for need in step.needs:
+        if store.manifest(need, all_keys[need]) is None:
+            raise DataError(
+                f"needs the output of {need}, which has not run with these settings",
+                where=name,
+                remedy=f"Run `hllm {' '.join(found[need].argv)}` with the same settings first; `hllm plan` shows what is missing.",
+            )
+    limit_threads(settings)
+    with store.lock(name, key):
+        inputs = {need: store.fetch(need, all_keys[need]) for need in step.needs}
+        output = store.folder(name, key)
+        if force:
+            clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        context = Context(settings, step, key, inputs, output, store)
+        started = time.monotonic()
+        from hllm.registry.tracking import child_run
+
+        with child_run(settings, pipeline_key(all_keys), step.name, settings_of(step, settings)) as tracker:
+            context.tracker = tracker
+            function = _load(step.run)
+            function(context)
+            clear(output / WORK)
+            files = file_digests(output, exclude=(WORK,))
+            manifest = Manifest(
+                step=name,
+                key=key,
+                settings_digest=digest_of(settings_of(step, settings)),
+                code_version=hllm.__version__,
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - started, 3),
+                digest=digest_of(files),
+                rows=context.rows,
+                facts=context.facts,
+                files=files,
+            )
+            tracker.finish(manifest)
+        store.finish(manifest)
+    return Outcome(manifest, reused=False)
+
+
+def limit_threads(settings: Settings) -> None:
+    """OpenMP reads this when torch is first imported: one process must not take more cores than it was given."""
+    if settings.run.threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(settings.run.threads))
+
+
+def _load(reference: str) -> Any:
+    module, _, function = reference.partition(":")
+    return getattr(importlib.import_module(module), function)

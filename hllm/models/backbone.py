@@ -1,0 +1,193 @@
+"""Decoders and tokenizers from wherever `transformers` can load them: a folder, a hub name, a GGUF file, a package.
+
+A decoder here is the bare stack of layers: no language-model head is ever built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hllm.errors import ConfigError
+from hllm.settings import Decoder
+
+PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a backbone is loaded from: what `from_pretrained` takes."""
+
+    name: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def find(backbone: str) -> Source:
+    """The source that a setting names.
+
+    Raises:
+        ConfigError: the package or the file is not there.
+    """
+    if backbone.startswith(PACKAGE):
+        package, _, inside = backbone.removeprefix(PACKAGE).partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(
+                f"the Python package {package} is not installed",
+                where="backbone",
+                remedy="Install it, or name a local folder, a hub name or a .gguf file in model.item_llm.backbone.",
+            )
+        backbone = str(Path(spec.submodule_search_locations[0]) / inside)
+    if backbone.endswith(".gguf"):
+        path = Path(backbone)
+        if not path.is_file():
+            raise ConfigError("no such file", where=f"backbone {backbone}", remedy=f"Looked in {path.resolve()}.")
+        return Source(str(path.parent), path.name)
+    return Source(backbone)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes, for decoders that start from nothing."""
+
+    vocabulary = 256
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8", errors="replace")) for text in texts]
+
+
+class PretrainedTokenizer:
+    """The tokenizer that belongs to a backbone, without any special tokens added."""
+
+    def __init__(self, source: Source) -> None:
+        from transformers import AutoTokenizer
+
+        with _plain_errors(source):
+            self._tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
+        self.vocabulary = len(self._tokenizer)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def tokenizer_for(backbone: str) -> ByteTokenizer | PretrainedTokenizer:
+    """The tokenizer of a backbone; bytes when no backbone is named."""
+    return PretrainedTokenizer(find(backbone)) if backbone else ByteTokenizer()
+
+
+def build_decoder(settings: Decoder, vocabulary: int) -> Any:
+    """A decoder stack with its word embeddings, pretrained if the settings say so, cut to its first layers.
+
+    Returns a `transformers` model whose attention understands packed sequences (`hllm.models.packing`).
+    """
+    import torch
+    from transformers import AutoModel
+
+    from hllm.models.packing import ATTENTION
+
+    if not settings.backbone:
+        return AutoModel.from_config(random_config(settings, vocabulary), attn_implementation=ATTENTION)
+    source = find(settings.backbone)
+    if not settings.pretrained:
+        config = shape_of(source)
+        config.num_hidden_layers = settings.layers or config.num_hidden_layers
+        return AutoModel.from_config(_cut(config), attn_implementation=ATTENTION, dtype=torch.float32)
+    whole = load_whole(source)
+    config = type(whole.config).from_dict(whole.config.to_dict())
+    if settings.layers > config.num_hidden_layers:
+        raise ConfigError(f"asks for {settings.layers} layers of {config.num_hidden_layers}", where="model.*.layers")
+    config.num_hidden_layers = settings.layers or config.num_hidden_layers
+    decoder = AutoModel.from_config(_cut(config), attn_implementation=ATTENTION, dtype=torch.float32)
+    wanted = decoder.state_dict()
+    weights = {name: value for name, value in whole.state_dict().items() if name in wanted}
+    missing = wanted.keys() - weights.keys()
+    if missing:
+        raise ConfigError("the backbone lacks weights of its own shape", where=settings.backbone, examples=sorted(missing))
+    decoder.load_state_dict(weights)
+    return decoder
+
+
+@cache
+def load_whole(source: Source) -> Any:
+    """The backbone with all layers, loaded once per process (both towers usually share it)."""
+    import torch
+    from transformers import AutoModel
+
+    with _plain_errors(source), _quiet():
+        return AutoModel.from_pretrained(source.name, dtype=torch.float32, **source.arguments)
+
+
+def shape_of(source: Source) -> Any:
+    """The backbone's configuration without its weights."""
+    from transformers import AutoConfig
+
+    with _plain_errors(source), _quiet():
+        return AutoConfig.from_pretrained(source.name, **source.arguments)
+
+
+def random_config(settings: Decoder, vocabulary: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=settings.width,
+        intermediate_size=settings.width * 4,
+        num_hidden_layers=settings.layers or 2,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=2048,
+    )
+
+
+def decoder_from_config(config: dict[str, Any]) -> Any:
+    """The empty shell of a saved decoder, to be filled with saved weights."""
+    from transformers import AutoConfig, AutoModel
+
+    from hllm.models.packing import ATTENTION
+
+    values = dict(config)
+    return AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values), attn_implementation=ATTENTION)
+
+
+def _cut(config: Any) -> Any:
+    """A configuration without quantisation (weights are plain) and with per-layer lists as long as the stack."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config.use_cache = False
+    return config
+
+
+@contextlib.contextmanager
+def _plain_errors(source: Source):  # type: ignore[no-untyped-def]
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"transformers cannot load it: {str(error).splitlines()[0]}",
+            where=f"backbone {source.name}",
+            remedy="Name a local folder, a hub name that this machine can reach, or a .gguf file.",
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """transformers draws progress bars and warns of the head we do not want."""
+    from transformers.utils import logging as library
+
+    level = logging.getLogger("transformers").level
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)

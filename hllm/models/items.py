@@ -1,0 +1,104 @@
+"""The item side of a model: an item index in, a unit vector out.
+
+`TextItems` reads texts with the Item LLM, `IdItems` looks an ID up, `CachedItems` looks up what was encoded before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hllm.models.packing import Packing, ragged, run_packed
+
+# K distinct items, T tokens, D vector width
+Items = npt.NDArray[np.integer]
+
+
+class TextItems(nn.Module):
+    """The Item LLM (HLLM, section 3.1): prompt and text, then the learned [ITEM] vector, whose last hidden state is the item.
+
+    Only word embeddings of tokens that the catalogue uses are trained: the others would never receive a gradient, so the
+    result is the same, and the optimizer need not walk over a vocabulary of 50,000 for a few thousand words.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        words = decoder.get_input_embeddings().weight.detach()
+        decoder.set_input_embeddings(nn.Identity())
+        self.decoder = decoder
+        self.words = nn.Parameter(words.clone())
+        self.item_token = nn.Parameter(words.mean(0))
+        self.width = words.shape[1]
+        self.all_words: Tensor | None = None
+        self.used_words: Tensor | None = None
+
+    def attach(self, token_ids_T: npt.NDArray[np.int32], token_offsets: npt.NDArray[np.int64], trim: bool = False) -> None:
+        """Say where the catalogue's tokens are; with `trim`, keep only their word embeddings trainable."""
+        self.token_offsets = np.asarray(token_offsets)
+        self.token_ids = np.asarray(token_ids_T)
+        if trim and self.used_words is None:
+            used, inverse = np.unique(self.token_ids, return_inverse=True)
+            self.token_ids = inverse.astype(np.int64)
+            self.all_words, self.used_words = self.words.detach().clone(), torch.from_numpy(used.astype(np.int64))
+            self.words = nn.Parameter(self.all_words[self.used_words])
+
+    def forward(self, items_K: Items) -> Tensor:
+        """Unit vectors of distinct items: (K,) -> (K, D). An item's vector does not depend on its neighbours."""
+        lengths = self.token_offsets[items_K + 1] - self.token_offsets[items_K]
+        order = np.argsort(lengths, kind="stable")
+        packing = Packing(lengths[order] + 1)
+        device = self.item_token.device
+        tokens = self.token_ids[ragged(self.token_offsets[items_K[order]], lengths[order])]
+        is_word = np.ones(packing.tokens, dtype=bool)
+        is_word[packing.last_S] = False
+        word_positions = torch.from_numpy(np.flatnonzero(is_word)).to(device)
+        item_positions = torch.from_numpy(packing.last_S).to(device)
+        words = F.embedding(torch.from_numpy(tokens.astype(np.int64)).to(device), self.words)
+        inputs_TD = words.new_empty(packing.tokens, self.width)
+        inputs_TD = inputs_TD.index_copy(0, word_positions, words)
+        inputs_TD = inputs_TD.index_copy(0, item_positions, self.item_token.expand(len(order), -1).to(words.dtype))
+        sorted_KD = run_packed(self.decoder, inputs_TD, packing)[item_positions]
+        back = torch.from_numpy(np.argsort(order, kind="stable")).to(device)
+        return F.normalize(sorted_KD[back].float(), dim=-1)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Weights with the whole vocabulary, as they are saved and loaded."""
+        state = {name: value.detach() for name, value in self.state_dict().items()}
+        if self.all_words is not None and self.used_words is not None:
+            state["words"] = self.all_words.clone()
+            state["words"][self.used_words] = self.words.detach().to(self.all_words.device)
+        return state
+
+
+class IdItems(nn.Module):
+    """An embedding table: what ID-based models know of an item."""
+
+    def __init__(self, items: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(items, width) * width**-0.5)
+        self.width = width
+
+    def forward(self, items_K: Items) -> Tensor:
+        """(K,) -> (K, D), unit length."""
+        return F.normalize(F.embedding(torch.from_numpy(np.asarray(items_K, dtype=np.int64)).to(self.table.device), self.table), dim=-1)
+
+    def full_state(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.state_dict().items()}
+
+
+class CachedItems(nn.Module):
+    """Vectors that a frozen item side made before (stage 2): nothing here is trained, the Item LLM is not even loaded."""
+
+    def __init__(self, vectors_ID: npt.NDArray[np.float32]) -> None:
+        super().__init__()
+        self.vectors = vectors_ID
+        self.width = vectors_ID.shape[1]
+
+    def forward(self, items_K: Items) -> Tensor:
+        """(K,) -> (K, D)."""
+        return torch.from_numpy(np.asarray(self.vectors[items_K], dtype=np.float32))

@@ -1,0 +1,115 @@
+"""Sequences of different lengths in one flat tensor: no padding is ever computed.
+
+A packed batch holds its sequences one after another, equal lengths side by side. Everything but attention works on
+single positions, so a `transformers` decoder runs on it unchanged as one "sequence" of T tokens whose position ids
+restart; only attention has to know where sequences end. `attend_within_sequences`, registered as an attention
+implementation, is that one place: a position never sees another sequence, whatever the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+ATTENTION = "hllm_packed"
+
+# T tokens of all sequences, S sequences, H heads, E width of a head
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a flat tensor lie. `lengths_S` must not decrease."""
+
+    lengths_S: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if len(self.lengths_S) and ((np.diff(self.lengths_S) < 0).any() or self.lengths_S[0] < 1):
+            raise ValueError("packed sequences are sorted by length and never empty")
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths_S.sum())
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """(how many, length) of each run of equal lengths, in order."""
+        lengths, counts = np.unique(self.lengths_S, return_counts=True)
+        return [(int(count), int(length)) for length, count in zip(lengths, counts, strict=True)]
+
+    @cached_property
+    def starts_S(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.lengths_S) - self.lengths_S
+
+    @cached_property
+    def positions_T(self) -> npt.NDArray[np.int64]:
+        """0, 1, 2, ... from each sequence's first token."""
+        return np.arange(self.tokens) - np.repeat(self.starts_S, self.lengths_S)
+
+    @cached_property
+    def last_S(self) -> npt.NDArray[np.int64]:
+        """Position of each sequence's last token."""
+        return np.cumsum(self.lengths_S) - 1
+
+    @cached_property
+    def sequence_T(self) -> npt.NDArray[np.int64]:
+        """The sequence that each token belongs to."""
+        return np.repeat(np.arange(len(self.lengths_S)), self.lengths_S)
+
+
+def ragged(starts_S: npt.NDArray[np.integer], lengths_S: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Flat positions start, start + 1, ... of every sequence, one sequence after another."""
+    packing_starts = np.cumsum(lengths_S) - lengths_S
+    return np.repeat(starts_S - packing_starts, lengths_S) + np.arange(int(lengths_S.sum()))
+
+
+def causal_attention(query_HTE: Tensor, key_HTE: Tensor, value_HTE: Tensor, packing: Packing, scale: float | None, dropout: float = 0.0) -> Tensor:
+    """Causal attention within each sequence: (H, T, E) -> (H, T, E). Key and value may have fewer heads (grouped queries)."""
+    sizes = [count * length for count, length in packing.groups]
+    parts = []
+    for (count, length), query, key, value in zip(
+        packing.groups, query_HTE.split(sizes, 1), key_HTE.split(sizes, 1), value_HTE.split(sizes, 1), strict=True
+    ):
+        inside = F.scaled_dot_product_attention(
+            *(part.unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)),
+            is_causal=True,
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )
+        parts.append(inside.transpose(0, 1).flatten(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+def attend_within_sequences(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """The attention implementation that `transformers` decoders call: (1, H, T, E) -> (1, T, H, E)."""
+    if packing is None:
+        raise ValueError("a packed decoder is called with packing=")
+    out_HTE = causal_attention(query[0], key[0], value[0], packing, scaling, dropout)
+    return out_HTE.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, attend_within_sequences)
+
+
+def run_packed(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Tensor:
+    """The decoder's last hidden states of a packed batch: (T, D) -> (T, D)."""
+    positions = torch.from_numpy(packing.positions_T).to(inputs_TD.device)
+    return decoder(inputs_embeds=inputs_TD.unsqueeze(0), position_ids=positions.unsqueeze(0), packing=packing, use_cache=False).last_hidden_state[0]

@@ -1,0 +1,84 @@
+"""A model family's three verbs - vectors for items, vectors for users given histories, a loss for a batch - and its pieces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hllm.models.items import CachedItems, IdItems, TextItems
+from hllm.models.packing import Packing
+from hllm.models.users import DecoderUser, SASRecUser
+
+# T targets of all windows, N negatives, K distinct items of the batch, S windows, D vector width
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of events, packed: at each of T positions a history event and the event that followed it."""
+
+    packing: Packing
+    history_T: npt.NDArray[np.int64]
+    targets_T: npt.NDArray[np.int64]
+    negatives_N: npt.NDArray[np.int64]
+    own_SN: npt.NDArray[np.bool_]
+    """Whether a negative is among the window's user's own training items."""
+
+
+class Recommender(nn.Module):
+    """Items and users in one space. HLLM = TextItems x DecoderUser (CachedItems in stage 2), SASRec = IdItems x SASRecUser."""
+
+    def __init__(self, items: TextItems | IdItems | CachedItems, user: DecoderUser | SASRecUser, temperature: float, false_negative_cosine: float) -> None:
+        super().__init__()
+        self.items, self.user = items, user
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.false_negative_cosine = false_negative_cosine
+
+    def item_vectors(self, items_K: npt.NDArray[np.integer]) -> Tensor:
+        """(K,) item indices -> (K, D), unit length."""
+        return self.items(items_K)
+
+    def user_vectors(self, history_TD: Tensor, packing: Packing) -> Tensor:
+        """(T, D) item vectors of packed histories -> (T, D) next-interest vectors, unit length."""
+        return self.user(history_TD, packing)
+
+    @property
+    def scale(self) -> Tensor:
+        """Inverse temperature, clamped to [1, 100]."""
+        return self.log_scale.clamp(0.0, math.log(100.0)).exp()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean InfoNCE over the batch's targets. Every distinct item is encoded once."""
+        distinct_K, where = np.unique(np.concatenate([batch.history_T, batch.targets_T, batch.negatives_N]), return_inverse=True)
+        vectors_KD = self.item_vectors(distinct_K)
+        history, target, negative = np.split(where, [len(batch.history_T), len(batch.history_T) + len(batch.targets_T)])
+        device = vectors_KD.device
+        outputs_TD = self.user_vectors(vectors_KD[torch.from_numpy(history).to(device)], batch.packing)
+        own_TN = torch.from_numpy(batch.own_SN).to(device)[torch.from_numpy(batch.packing.sequence_T).to(device)]
+        return info_nce(
+            outputs_TD,
+            vectors_KD[torch.from_numpy(target).to(device)],
+            vectors_KD[torch.from_numpy(negative).to(device)],
+            own_TN,
+            self.scale,
+            self.false_negative_cosine,
+        )
+
+
+def info_nce(outputs_TD: Tensor, targets_TD: Tensor, negatives_ND: Tensor, own_TN: Tensor, scale: Tensor, false_negative_cosine: float) -> Tensor:
+    """L_gen of the HLLM paper with a learned temperature, mean over T.
+
+    A negative does not count where it is one of the user's own items (`own_TN`), or where its cosine to the target
+    exceeds `false_negative_cosine` (a twin of the target under another id).
+    """
+    positive_T = (outputs_TD * targets_TD).sum(-1) * scale
+    negative_TN = outputs_TD @ negatives_ND.T * scale
+    with torch.no_grad():
+        excluded_TN = own_TN | (targets_TD @ negatives_ND.T > false_negative_cosine)
+    negative_TN = negative_TN.masked_fill(excluded_TN, float("-inf"))
+    return F.softplus(negative_TN.logsumexp(-1) - positive_T).mean()

@@ -15,6 +15,9 @@ from hllm.models.items import CachedItems, IdItems, TextItems
 from hllm.models.packing import Packing
 from hllm.models.users import DecoderUser, SASRecUser
 
+EXCLUDED = -1e4
+"""A logit that weighs nothing, yet keeps the gradient finite where every negative is excluded."""
+
 # T targets of all windows, N negatives, K distinct items of the batch, S windows, D vector width
 
 
@@ -80,5 +83,5 @@ def info_nce(outputs_TD: Tensor, targets_TD: Tensor, negatives_ND: Tensor, own_T
     negative_TN = outputs_TD @ negatives_ND.T * scale
     with torch.no_grad():
         excluded_TN = own_TN | (targets_TD @ negatives_ND.T > false_negative_cosine)
-    negative_TN = negative_TN.masked_fill(excluded_TN, float("-inf"))
+    negative_TN = negative_TN.masked_fill(excluded_TN, EXCLUDED)
     return F.softplus(negative_TN.logsumexp(-1) - positive_T).mean()

@@ -1,0 +1,65 @@
+"""Training batches as a pure function of (seed, step): resuming needs no state but the step's number."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hllm.data.prepared import Prepared
+from hllm.data.windows import cut_windows
+from hllm.models.packing import Packing, ragged
+from hllm.models.recommender import Batch
+
+# S windows, T targets, N negatives
+
+
+class Batches:
+    """Windows over the training part of all histories, shuffled anew each epoch."""
+
+    def __init__(self, prepared: Prepared, history_length: int, batch_size: int, negatives: int, seed: int) -> None:
+        self.items, self.batch_size, self.seed = prepared.items, batch_size, seed
+        self.negatives = min(negatives, prepared.items)
+        self.event_items = np.asarray(prepared.event_items, dtype=np.int64)
+        self.starts, self.ends = cut_windows(np.asarray(prepared.train_starts), np.asarray(prepared.train_ends), history_length)
+        self.users = np.searchsorted(np.asarray(prepared.user_offsets), self.starts, side="right") - 1
+        # One sorted key per (user, own training item) answers "is this negative the user's own?" by binary search. Held-out
+        # events are not in it: leaving them out of the negatives would tell the model what to predict.
+        trained = ragged(np.asarray(prepared.train_starts), np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts))
+        owner = np.repeat(np.arange(prepared.users), np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts))
+        self.own_keys = np.unique(owner * prepared.items + self.event_items[trained])
+
+    @property
+    def windows(self) -> int:
+        return len(self.starts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.windows // self.batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, 1, epoch)).permutation(self.windows)
+        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+        lengths = self.ends[chosen] - self.starts[chosen] - 1
+        chosen = chosen[np.argsort(lengths, kind="stable")]
+        lengths = np.sort(lengths)
+        positions = ragged(self.starts[chosen], lengths)
+        negatives_N = self._draw(step)
+        return Batch(
+            packing=Packing(lengths),
+            history_T=self.event_items[positions],
+            targets_T=self.event_items[positions + 1],
+            negatives_N=negatives_N,
+            own_SN=self._own(self.users[chosen], negatives_N),
+        )
+
+    def _draw(self, step: int) -> npt.NDArray[np.int64]:
+        """Uniform from the catalogue without repeats."""
+        if self.negatives == self.items:
+            return np.arange(self.items)
+        return np.random.default_rng((self.seed, 2, step)).choice(self.items, self.negatives, replace=False, shuffle=False)
+
+    def _own(self, users_S: npt.NDArray[np.int64], negatives_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        keys_SN = users_S[:, None] * self.items + negatives_N[None, :]
+        places = np.minimum(np.searchsorted(self.own_keys, keys_SN), len(self.own_keys) - 1)
+        return self.own_keys[places] == keys_SN

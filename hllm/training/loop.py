@@ -1,0 +1,141 @@
+"""The training loop: the same for every family and stage."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hllm.errors import DataError, Terminated
+from hllm.models.recommender import Recommender
+from hllm.progress import Progress
+from hllm.settings import Stage
+from hllm.training import checkpoint
+from hllm.training.batches import Batches
+
+LOG_EVERY = 10
+
+
+@dataclass
+class Trained:
+    """What a finished loop knows of itself."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    best_step: int
+    seconds: float
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def total_steps(stage: Stage, batches: Batches) -> int:
+    return stage.steps or max(1, round(stage.epochs * batches.steps_per_epoch))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices inside layers only: not on norms, biases, scalars, nor on embeddings."""
+    spared = ("words", "item_token", "table", "positions")
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        (decayed if parameter.ndim > 1 and name.rpartition(".")[2] not in spared else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def learning_rate(step: int, steps: int, stage: Stage) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    warm = max(1, round(stage.warmup * steps))
+    if step < warm:
+        return stage.lr * (step + 1) / warm
+    along = (step - warm) / max(1, steps - warm)
+    return stage.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2)
+
+
+def fit(
+    model: Recommender,
+    batches: Batches,
+    stage: Stage,
+    *,
+    seed: int,
+    work: Path,
+    stopping: threading.Event,
+    log: Callable[[dict[str, float], int], None],
+    validate: Callable[[Recommender], float] | None = None,
+    what: str = "train",
+) -> Trained:
+    """Train until the last step, from the newest checkpoint in `work`; the model ends with its best (or last) weights.
+
+    Raises:
+        DataError: the loss is not finite (the weights are saved in `work/not_finite` for inspection).
+        Terminated: `stopping` was set; a checkpoint has been written.
+    """
+    if not batches.windows:
+        raise DataError("no user has two training events", where="train", remedy="Look at prepare's output: split, k_core, quarantine.")
+    steps = total_steps(stage, batches)
+    optimizer = torch.optim.AdamW(parameter_groups(model, stage.weight_decay), lr=stage.lr, betas=(0.9, 0.98), fused=True)
+    state: dict[str, Any] = {"first_loss": math.nan, "loss": math.nan, "best": -math.inf, "best_step": 0, "seconds": 0.0, "step": 0}
+    best: dict[str, Tensor] = {}
+    restored = checkpoint.restore(work, model, optimizer)
+    if restored:
+        state, best = restored
+        print(f"{what}: continues from step {state['step']} of {steps}", flush=True)
+    started = time.monotonic() - state["seconds"]
+    saved_at = time.monotonic()
+    model.train()
+    with Progress(what, steps, "step", start=state["step"]) as progress:
+        for step in range(state["step"], steps):
+            torch.manual_seed(seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, stage)
+            with torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bf16"):
+                loss = model.loss(batches[step])
+            state["loss"] = float(loss.detach())
+            if not math.isfinite(state["loss"]):
+                save_file({name: value.contiguous() for name, value in model.state_dict().items()}, work / "not_finite.safetensors")
+                raise DataError(f"the loss is {state['loss']} at step {step}", where=what, remedy=f"Weights are in {work}; lower the learning rate, or look at the data.")
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = state["step"] = step + 1
+            if step == 0:
+                state["first_loss"] = state["loss"]
+            if step % LOG_EVERY == 0 or done == steps:
+                log({"loss": state["loss"], "lr": optimizer.param_groups[0]["lr"], "temperature": 1 / float(model.scale.detach()), "gradient_norm": float(norm)}, done)
+            if validate and stage.evaluate_every and (done % stage.evaluate_every == 0 or done == steps):
+                model.eval()
+                with torch.no_grad():
+                    score = validate(model)
+                model.train()
+                log({"valid_ndcg@10": score}, done)
+                if score > state["best"]:
+                    state["best"], state["best_step"] = score, done
+                    best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            progress.advance(1, loss=state["loss"])
+            state["seconds"] = time.monotonic() - started
+            due = time.monotonic() - saved_at > stage.checkpoint_minutes * 60
+            if (stopping.is_set() or due) and done < steps:
+                checkpoint.save(work, done, model, optimizer, best, state)
+                saved_at = time.monotonic()
+            if stopping.is_set() and done < steps:
+                raise Terminated
+    if best:
+        model.load_state_dict(best)
+    model.eval()
+    return Trained(
+        steps=steps,
+        first_loss=state["first_loss"],
+        last_loss=state["loss"],
+        best_step=state["best_step"] or steps,
+        seconds=state["seconds"],
+        facts={"best_valid_ndcg@10": state["best"]} if best else {},
+    )

@@ -22,7 +22,7 @@ _QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # MLflow's own defaults wait for minutes before they admit that nobody answers; our steps are retried whole.
+    # MLflow's own defaults wait for minutes before they admit that nobody answers; we retry whole steps.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }

@@ -1,0 +1,154 @@
+"""Which version serves: `promote` moves the alias `champion` forward, `rollback` back; both leave a trail.
+
+Order matters: everything is checked first, then the record is written, and the alias moves last. A process
+killed in between leaves the earlier champion serving, and the same command finishes the work.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+from datetime import UTC, datetime
+
+import typer
+
+from hllm.errors import ConfigError, GateError
+from hllm.registry import versions
+from hllm.registry.versions import CANDIDATE, CHAMPION, SERVICE_TAG, SERVING_TAG, VersionInfo
+from hllm.settings import Settings
+
+REPLACED_TAG = "replaced"
+CHANGE_TAG = "hllm.last_change"
+
+
+def promote(
+    settings: Settings, version: str | None = None, *, by: str = "", note: str = "", at: str = ""
+) -> VersionInfo:
+    """Move `champion` to a version that passed the gate and whose published vectors were verified.
+
+    Raises:
+        GateError: the gate failed, or the version is not fully published.
+        ConfigError: there is no such version, or `at` is not a time.
+    """
+    chosen = versions.registered_version(settings, version)
+    decided_at = _moment(at)
+    if chosen.tags.get("gate") != "passed":
+        raise GateError(
+            f"did not pass the gate: {chosen.tags.get('gate_reasons', 'no verdict')}",
+            where=_name(chosen),
+            remedy="Its description in MLflow has the numbers; the thresholds are the settings gate.*.",
+        )
+    _refuse_unpublished(chosen)
+    last, named = versions.last_promoted(settings), versions.champion(settings)
+    if _serves(chosen, last):
+        _drop_candidate(settings, chosen)
+        typer.echo(f"promote: {_name(chosen)} is the champion already; nothing changed")
+        return versions.registered_version(settings, str(chosen.version))
+    audit = {
+        "decision": "approved",
+        "decided_by": by or getpass.getuser(),
+        "decided_at": decided_at,
+        "decision_note": note,
+    }
+    before = next((info for info in (last, named) if info and info.version != chosen.version), None)
+    if before:
+        audit[REPLACED_TAG] = str(before.version)
+    versions.set_tags(settings, chosen.version, audit)
+    _move(settings, chosen, before, "promoted", audit)
+    _drop_candidate(settings, chosen)
+    return versions.registered_version(settings, str(chosen.version))
+
+
+def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: str = "") -> VersionInfo:
+    """Move `champion` back: to the version it replaced, or to any version that is still fully published.
+
+    Raises:
+        ConfigError: there is nothing to go back to.
+        GateError: the vectors of that version are not published (any more).
+    """
+    last, named = versions.last_promoted(settings), versions.champion(settings)
+    target = _earlier(settings, named, last) if to is None else versions.registered_version(settings, to)
+    _refuse_unpublished(target)
+    if _serves(target, last):
+        typer.echo(f"rollback: {_name(target)} is the champion already; nothing changed")
+        return target
+    left = next((info for info in (named, last) if info and info.version != target.version), None)
+    audit = {"decided_by": by or getpass.getuser(), "decided_at": _moment(""), "decision_note": note}
+    if left:
+        rolled_back = {
+            "decision": "rolled back",
+            "rolled_back_by": audit["decided_by"],
+            "rolled_back_at": audit["decided_at"],
+            "rolled_back_note": note,
+        }
+        versions.set_tags(settings, left.version, rolled_back)
+    _move(settings, target, left, "rolled back", audit)
+    return versions.registered_version(settings, str(target.version))
+
+
+def _move(
+    settings: Settings, to: VersionInfo, left: VersionInfo | None, action: str, audit: dict[str, str]
+) -> None:
+    change = {"action": action, "from": left.version if left else None, "to": to.version}
+    change |= {"by": audit["decided_by"], "at": audit["decided_at"], "note": audit["decision_note"]}
+    versions.set_model_tags(settings, {SERVING_TAG: str(to.version), CHANGE_TAG: json.dumps(change)})
+    versions.set_alias(settings, CHAMPION, to.version)
+    came_from = (
+        f"from version {left.version}" if left and left.version != to.version else "for the first time"
+    )
+    typer.echo(
+        f"{action}: champion of {to.model} moved {came_from}to version {to.version} "
+        f"(service {to.tags[SERVICE_TAG]}), decided by {audit['decided_by']} at {audit['decided_at']}"
+        + (f": {audit['decision_note']}" if audit["decision_note"] else "")
+    )
+
+
+def _serves(info: VersionInfo, last: VersionInfo | None) -> bool:
+    return CHAMPION in info.aliases and last is not None and last.version == info.version
+
+
+def _earlier(settings: Settings, named: VersionInfo | None, last: VersionInfo | None) -> VersionInfo:
+    """The default of a rollback: undo a move made by hand, or else the version that the champion replaced."""
+    if last and (named is None or named.version != last.version):
+        return last
+    replaced = (named.tags if named else {}).get(REPLACED_TAG)
+    if replaced is None:
+        known = ", ".join(str(info.version) for info in versions.all_versions(settings) if info.verified)
+        remedy = (
+            f"Published versions: {known}; choose one with --to." if known else "No version is published yet."
+        )
+        raise ConfigError(
+            "there is no earlier champion to go back to", where=settings.mlflow.model_name, remedy=remedy
+        )
+    return versions.registered_version(settings, replaced)
+
+
+def _refuse_unpublished(chosen: VersionInfo) -> None:
+    if not chosen.verified or SERVICE_TAG not in chosen.tags:
+        number = chosen.version
+        raise GateError(
+            f"is not fully published (publication = {chosen.tags.get('publication', 'absent')})",
+            where=_name(chosen),
+            remedy=f"Run `hllm publish --version {number}` and `hllm verify --version {number}` first.",
+        )
+
+
+def _drop_candidate(settings: Settings, chosen: VersionInfo) -> None:
+    if CANDIDATE in chosen.aliases:
+        versions.remove_alias(settings, CANDIDATE)
+
+
+def _moment(at: str) -> str:
+    if not at:
+        return datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        moment = datetime.fromisoformat(at)
+    except ValueError:
+        raise ConfigError(
+            "is not an ISO 8601 time", where=f"--at {at}", remedy="Like 2026-03-01T12:00:00+00:00."
+        ) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).isoformat(timespec="seconds")
+
+
+def _name(info: VersionInfo) -> str:
+    return f"{info.model} version {info.version}"

@@ -1,0 +1,182 @@
+"""What a cell means: ids, times, labels and texts out of whatever type a file stores them in.
+
+A cell that cannot be read becomes null and its original text is kept beside it (`timestamp_raw`, `label_raw`):
+the validation step quarantines the row, with what stood there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hllm.errors import DataError
+
+Unit = Literal["s", "ms", "us", "iso"]
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+WHOLE_FLOATS = 2**53
+_FLOAT_ID = re.compile(r"-?\d+\.0")
+
+
+def ids(column: pa.Array, where: str) -> pa.Array:
+    """Ids are strings. The number 1 is "1", and so is 1.0, which is how a column of integers with gaps is stored."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if pa.types.is_string(kind):
+        return column
+    if pa.types.is_integer(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or pa.types.is_string_view(kind):
+        return column.cast(pa.string())
+    if pa.types.is_floating(kind):
+        values = column.to_pylist()
+        if any(value is not None and math.isfinite(value) and abs(value) > WHOLE_FLOATS for value in values):
+            raise DataError(
+                "holds ids as floating point numbers beyond 2^53: their last digits are already lost",
+                where=where,
+                remedy="Write the ids as integers or strings.",
+            )
+        return pa.array([_float_id(value) for value in values], pa.string())
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        try:
+            return column.cast(pa.string())
+        except pa.ArrowInvalid:
+            raise DataError("holds ids that are not UTF-8 text", where=where) from None
+    raise DataError(f"holds {kind}, not ids (strings or integers)", where=where)
+
+
+def written_by_float(column: pa.Array) -> bool:
+    """Whether a text column was written from floating point numbers: every cell reads like 17.0 (or nan)."""
+    cells = [cell for cell in column.to_pylist() if cell not in (None, "nan", "NaN")]
+    return bool(cells) and all(_FLOAT_ID.fullmatch(cell) for cell in cells)
+
+
+def without_fraction(column: pa.Array) -> pa.Array:
+    """17.0 -> 17 in a text column that was written from floating point numbers."""
+    return pc.replace_substring_regex(column, r"^(-?\d+)\.0$", r"\1")
+
+
+def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Array]:
+    """(seconds since 1970 UTC, the text of cells that are no time). Fractions of a second are cut off."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        micros = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+        return _floor_divide(micros, PER_SECOND["us"]), _nulls(column)
+    if pa.types.is_integer(kind) and unit != "iso":
+        whole = column.cast(pa.int64(), safe=False)
+        return _floor_divide(whole, PER_SECOND[unit]), _nulls(column)
+    if pa.types.is_null(kind):
+        return column.cast(pa.int64()), _nulls(column)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or _is_text(kind)):
+        raise DataError(f"holds {kind}, not times", where=where, remedy="See data.timestamp_unit.")
+    if unit != "iso" and _is_text(kind):
+        try:  # the common case, without a Python loop
+            return _floor_divide(column.cast(pa.int64()), PER_SECOND[unit]), _nulls(column)
+        except pa.ArrowInvalid:
+            pass
+    return _each(column, _iso_seconds if unit == "iso" else lambda cell: _number_seconds(cell, PER_SECOND[unit]), pa.int64())
+
+
+def labels(column: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
+    """(labels as small integers, the text of cells that are none); an empty cell is an event without a label."""
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        return column.cast(pa.int8()), _nulls(column)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind) or _is_text(kind)):
+        raise DataError(f"holds {kind}, not labels (0 or 1)", where=where)
+    return _each(column, _label, pa.int8())
+
+
+def numbers(column: pa.Array) -> tuple[list[float | None], pa.Array]:
+    """(numbers, the text of cells that are none)."""
+    values, raw = _each(column, lambda cell: None if _missing(cell) else float(str(cell)), pa.float64())
+    return values.to_pylist(), raw
+
+
+def texts(column: pa.Array, where: str) -> pa.Array:
+    """Any scalar as text; a list of texts is joined by commas."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lists = column.to_pylist()
+        return pa.array([None if cells is None else ", ".join(str(cell) for cell in cells if cell is not None) for cells in lists], pa.string())
+    if pa.types.is_floating(kind):  # a year with gaps is stored as 1995.0
+        return pa.array([_float_id(value) for value in column.to_pylist()], pa.string())
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(f"holds {kind}, not text", where=where) from None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _nulls(column: pa.Array) -> pa.Array:
+    return pa.nulls(len(column), pa.string())
+
+
+def _floor_divide(column: pa.Array, by: int) -> pa.Array:
+    if by == 1:
+        return column
+    quotient = pc.divide(column, by)  # towards zero
+    below = pc.less(column, pc.multiply(quotient, by))
+    return pc.subtract(quotient, pc.if_else(below, 1, 0)).cast(pa.int64())
+
+
+def _each(column: pa.Array, read: Callable[[object], float | None], kind: pa.DataType) -> tuple[pa.Array, pa.Array]:
+    values: list[float | None] = []
+    raw: list[str | None] = []
+    for cell in column.to_pylist():
+        try:
+            values.append(read(cell))
+            raw.append(None)
+        except (ValueError, OverflowError):
+            values.append(None)
+            raw.append(str(cell))
+    return pa.array(values, kind), pa.array(raw, pa.string())
+
+
+def _number_seconds(cell: object, per_second: int) -> int | None:
+    if _missing(cell):
+        return None
+    try:
+        whole = int(str(cell))
+    except ValueError:
+        whole = math.floor(float(str(cell)))
+    found = whole // per_second
+    if abs(found) >= 2**63:
+        raise OverflowError
+    return found
+
+
+def _iso_seconds(cell: object) -> int | None:
+    if _missing(cell):
+        return None
+    moment = datetime.fromisoformat(str(cell).strip())
+    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def _label(cell: object) -> int | None:
+    if _missing(cell):
+        return None
+    value = {"true": 1.0, "false": 0.0}.get(str(cell).strip().lower())
+    value = float(str(cell)) if value is None else value
+    if not value.is_integer() or not -128 <= value <= 127:
+        raise ValueError
+    return int(value)
+
+
+def _missing(cell: object) -> bool:
+    return cell is None or str(cell).strip().lower() in ("", "nan", "nat", "null", "none", "<na>")
+
+
+def _float_id(value: float | None) -> str | None:
+    if value is None or math.isnan(value):
+        return None
+    return str(int(value)) if value.is_integer() else repr(value)

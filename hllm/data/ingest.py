@@ -1,0 +1,100 @@
+"""`hllm ingest`: whatever the source looks like, two canonical tables.
+
+Structure fails here (no such column, a file that is cut off, a column that holds no times at all). Single bad rows
+travel on: the validation step puts them in quarantine, with what stood in the cell.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from hllm.artifacts import clear
+from hllm.data.readers import Source, open_source
+from hllm.data.schema import conform, interactions_schema, items_schema
+from hllm.errors import DataError
+from hllm.progress import Progress
+from hllm.steps import Context
+
+
+def ingest(context: Context) -> None:
+    """Write items.parquet and interactions.parquet, one batch of the source at a time."""
+    clear(context.output)
+    source = open_source(context.settings.data, context.work)
+    context.rows["items"] = write_items(source, context.output / "items.parquet")
+    context.rows["interactions"] = write_interactions(source, context.output / "interactions.parquet")
+    context.facts["source"] = {"interactions": source.interactions_at, "items": source.items_at}
+    if not source.has_times:
+        context.facts["times"] = (
+            f"made from the order of events: the n-th counts as second {source.data.order_starts} + n (data.order_starts)"
+        )
+        print(f"ingest: the source has no times; they are {context.facts['times']}", file=sys.stderr)
+
+
+def write_items(source: Source, path: Path) -> int:
+    batches = source.items()
+    first = _first(batches, source.items_at)
+    schema = items_schema(first.schema.names)
+    rows = 0
+    with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in _chained(first, batches):
+            writer.write_batch(conform(batch, schema))
+            rows += batch.num_rows
+    return rows
+
+
+def write_interactions(source: Source, path: Path) -> int:
+    batches = source.interactions()
+    first = _first(batches, source.interactions_at)
+    schema = interactions_schema()
+    rows = readable = 0
+    unreadable: list[str] = []
+    with (
+        Progress("ingest", total=0, unit="row") as progress,
+        pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer,
+    ):
+        for batch in _chained(first, batches):
+            whole = conform(batch, schema)
+            writer.write_batch(whole)
+            rows += whole.num_rows
+            readable += whole.num_rows - whole.column("timestamp").null_count
+            if not readable and len(unreadable) < 3:
+                unreadable += [cell for cell in pc.unique(whole.column("timestamp_raw")).to_pylist()[:4] if cell is not None]
+            progress.advance(whole.num_rows)
+    if not readable:
+        _refuse_times(source, rows, unreadable)
+    return rows
+
+
+def _refuse_times(source: Source, rows: int, unreadable: list[str]) -> None:
+    data = source.data
+    column = f"{source.interactions_at}, column {data.columns.timestamp if data.source == 'table' else 'timestamp'}"
+    if not unreadable:
+        raise DataError("has no timestamp in any row", where=column, count=(rows, rows))
+    iso = data.timestamp_unit != "iso" and any(mark in unreadable[0] for mark in "-:/T")
+    raise DataError(
+        "holds no timestamp that can be read in any row",
+        where=column,
+        count=(rows, rows),
+        examples=unreadable,
+        remedy='These look like dates: set data.timestamp_unit = "iso".'
+        if iso
+        else f'data.timestamp_unit is "{data.timestamp_unit}"; is the right column named in data.columns.timestamp?',
+    )
+
+
+def _first(batches: Iterator[pa.RecordBatch], where: str) -> pa.RecordBatch:
+    for batch in batches:
+        if batch.num_rows:
+            return batch
+    raise DataError("has a header but no rows", where=where)
+
+
+def _chained(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield first
+    yield from rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ Config = Annotated[Path | None, typer.Option("--config", "-c", envvar="HLLM_CONF
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="A.B=C", help="Override one setting; may be repeated.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again even though the output exists.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Version = Annotated[str | None, typer.Option("--version", help="Model version; the one these settings registered when left out.")]
+Version = Annotated[str | None, typer.Option("--version", envvar="HLLM_VERSION", help="Model version; the one these settings registered when left out.")]
 Family = Annotated[str | None, typer.Option(help=f"Model family: {', '.join(FAMILIES)}. The settings' model.family when left out.")]
 
 
@@ -179,9 +180,11 @@ def _run(name: str, settings: Settings, force: bool) -> None:
     manifest, where = outcome.manifest, f"{settings.run.root}/{name}/{outcome.manifest.key}"
     rows = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in manifest.rows.items())
     if outcome.reused:
-        typer.echo(f"{name}: reused, nothing changed since {manifest.created_at} ({rows or 'done'}) -> {where}")
+        line = f"{name}: reused, nothing changed since {manifest.created_at} ({rows or 'done'}) -> {where}"
     else:
-        typer.echo(f"{name}: done in {manifest.seconds:.1f} s ({rows or 'done'}) -> {where}")
+        line = f"{name}: done in {manifest.seconds:.1f} s ({rows or 'done'}) -> {where}"
+    typer.echo(line)
+    _leave(line)
 
 
 def _family(family: str | None, settings: Settings) -> str:
@@ -215,11 +218,17 @@ def _command(debug: bool) -> Iterator[None]:
 
 
 def _say_last(message: str) -> None:
-    """To stderr, and its first line to where Kubernetes looks for the reason of a container's death."""
+    """To stderr, and its first line to where a scheduler looks for the reason of a failure."""
     typer.echo(f"error: {message}", err=True)
+    _leave(message.splitlines()[0])
+
+
+def _leave(line: str, result: object = None) -> None:
+    """The termination message, Kubernetes' way to hand a few words to whoever started a container (Airflow's
+    local runner does the same): one line for people, and perhaps one of JSON for the tasks that follow."""
     log = Path(os.environ.get("HLLM_TERMINATION_LOG", "/dev/termination-log"))
     if log.exists() or "HLLM_TERMINATION_LOG" in os.environ:
         with contextlib.suppress(OSError):
-            log.write_text(message.splitlines()[0] + "\n", "utf-8")
+            log.write_text(line + "\n" + (json.dumps(result) + "\n" if result is not None else ""), "utf-8")
 
 

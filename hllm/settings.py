@@ -284,6 +284,8 @@ class Release(Section):
 class Runner(Section):
     kind: Literal["local"] = "local"
     """How Airflow starts a step: a local process."""
+    parallel_steps: int = Field(1, ge=1)
+    """Steps of one pipeline that may run at the same time; each uses `run.threads`."""
     retries: int = Field(1, ge=0)
     """Retries of a step that failed with InfraError (75) or was terminated."""
 

@@ -1,0 +1,84 @@
+"""From candidate to champion: a person decides, then publish, verify, promote.
+
+Started by the candidate that `hllm_train` announces. Every task acts on the version of that announcement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator, HITLOperator
+from airflow.sdk import DAG, Context, Label, Param
+from wiring import form
+from wiring.candidate import CANDIDATE, body, candidate_of
+from wiring.runner import hllm_task
+
+settings = form.settings()
+
+
+class Decision(ApprovalOperator):
+    """Airflow's approval, about the candidate of this run; either answer has a branch of its own."""
+
+    def __init__(self, *, approved: str, rejected: str, **kwargs: Any) -> None:
+        super().__init__(subject="Release this model?", **kwargs)
+        self.approved, self.rejected = approved, rejected
+
+    def execute(self, context: Context) -> Any:
+        candidate = candidate_of(context)
+        self.subject = f"Release {candidate.about.get('model', 'hllm')} version {candidate.version}?"
+        self.body = body(candidate)
+        return super().execute(context)
+
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
+        decision = HITLOperator.execute_complete(self, context, event)
+        other = self.rejected if decision["chosen_options"] == [self.APPROVE] else self.approved
+        self.skip(ti=context["ti"], tasks=[task for task in self.get_direct_relatives() if task.task_id == other])
+        return decision
+
+
+def environment(context: Context) -> Mapping[str, str]:
+    """The candidate's settings, and who decided what, when and why."""
+    decision = context["ti"].xcom_pull(task_ids="approve")
+    return {
+        **candidate_of(context).environment,
+        "HLLM_VERSION": candidate_of(context).version,
+        "HLLM_DECIDED_BY": decision["responded_by_user"]["name"],
+        "HLLM_DECIDED_AT": str(decision["responded_at"]),
+        "HLLM_DECISION_NOTE": decision["params_input"].get("note") or "",
+    }
+
+
+with DAG(
+    "hllm_release",
+    schedule=[CANDIDATE],
+    catchup=False,
+    max_active_runs=1,
+    params={
+        "version": Param(None, type=["null", "integer"], minimum=1, description="Only when triggered by hand: the MLflow version to release."),
+        "config": Param(form.config_path(), type="string", minLength=1, description="Only when triggered by hand: the settings file of that version."),
+    },
+    default_args={"retries": settings.runner.retries, "retry_delay": timedelta(seconds=15), "retry_exponential_backoff": True},
+    tags=["hllm"],
+    doc_md=__doc__,
+) as dag:
+    approve = Decision(
+        task_id="approve",
+        approved="publish",
+        rejected="reject",
+        params={"note": Param("", type=["null", "string"], title="Note", description="Why; kept with the version in MLflow.")},
+        response_timeout=timedelta(hours=settings.release.timeout_hours),
+        doc_md="**A person decides.** Nobody within `release.timeout_hours`: the run fails and nothing is published.",
+    )
+    publish, verify, promote, reject = (
+        hllm_task(settings, name, (name,), environment=environment, doc_md=f"**{what}**\n\n`hllm {name}`")
+        for name, what in (
+            ("publish", "User and item vectors to Feast, in views of this version"),
+            ("verify", "Read back from Feast and compare with the export"),
+            ("promote", "The alias `champion` moves to this version, last of all"),
+            ("reject", "The decision and its note are kept with the version"),
+        )
+    )
+    approve >> Label("approved") >> publish >> verify >> promote
+    approve >> Label("rejected") >> reject

@@ -1,0 +1,84 @@
+"""The trigger form, from the schema of the settings; and its answers, as environment variables.
+
+An answer never becomes part of a command line: it travels as `HLLM__SECTION__KEY`, which `hllm` reads and checks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Param
+
+from hllm.settings import ENV_PREFIX, Settings, load
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The repository: settings name folders relative to it, so commands run in it."""
+
+OFFERED = {
+    "Run": ("run.seed",),
+    "Stage 1": ("train.stage1.epochs", "train.stage1.steps", "train.stage1.batch_size", "train.stage1.lr"),
+    "Stage 2": ("train.stage2.epochs", "train.stage2.steps", "train.stage2.batch_size", "train.stage2.lr"),
+    "SASRec": ("train.sasrec.epochs", "train.sasrec.steps"),
+    "Gate": ("gate.min_vs_popular", "gate.min_vs_sasrec", "gate.min_vs_champion"),
+}
+"""Section of the form -> settings a person changes for one run. Everything else is changed in the settings file."""
+
+
+def config_path() -> str:
+    """The settings file that shapes the DAGs: HLLM_CONFIG of the DAG processor, else the demo's."""
+    return os.environ.get("HLLM_CONFIG") or "configs/demo.toml"
+
+
+def settings() -> Settings:
+    """Cheap enough for parsing: one small TOML file, no data and no model library."""
+    return load(ROOT / config_path())
+
+
+def params(current: Settings) -> dict[str, Param]:
+    """One field per offered setting. Empty means: as the settings file says."""
+    found = {
+        "config": Param(
+            config_path(),
+            type="string",
+            minLength=1,
+            title="Settings file",
+            description="Path of the TOML file, from the repository's folder or absolute. It must have the steps drawn here.",
+        )
+    }
+    for section, names in OFFERED.items():
+        for dotted in names:
+            field = _schema_of(dotted)
+            found[dotted] = Param(
+                None,
+                section=section,
+                title=dotted,
+                description=f"{field.pop('description', '')} Empty: as in the settings file ({current.at(dotted)} in {config_path()}).",
+                **field,
+            )
+    return found
+
+
+def environment(answers: Mapping[str, Any]) -> dict[str, str]:
+    """The form's answers as the environment of a command."""
+    found = {"HLLM_CONFIG": str(ROOT / answers["config"])}
+    for names in OFFERED.values():
+        for dotted in names:
+            if answers.get(dotted) is not None:
+                found[ENV_PREFIX + dotted.upper().replace(".", "__")] = json.dumps(answers[dotted], ensure_ascii=False)
+    return found
+
+
+def _schema_of(dotted: str) -> dict[str, Any]:
+    """The JSON schema of one setting, with null allowed."""
+    schema = Settings.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in dotted.split("."):
+        node = node["properties"][part]
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    kept = {key: value for key, value in node.items() if key not in ("default", "title")}
+    return {**kept, "type": ["null", kept["type"]]}

@@ -1,0 +1,118 @@
+"""How a task runs one `hllm` command. DAGs ask `hllm_task` and do not know which runner the settings chose."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import BaseOperator, Context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from wiring.form import ROOT
+
+from hllm.settings import Settings
+
+RETRY_HELPS = {75, 128 + signal.SIGTERM, 128 + signal.SIGKILL}
+"""InfraError, and commands that somebody or something stopped from outside: the next try continues from a checkpoint."""
+
+Environment = Callable[[Context], Mapping[str, str]]
+"""What a command finds in its environment, known when the task runs."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its code, one line for people, and the result it left for the tasks after it (JSON), if any."""
+
+    exit_code: int
+    line: str
+    result: str = ""
+
+
+class LocalProcess:
+    """One command as a process of its own, its output passed on line by line."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def run(self, argv: Sequence[str], environment: Mapping[str, str], say: Callable[[str], Any]) -> Ended:
+        """Start it, say its lines as they come, wait for its end."""
+        with tempfile.TemporaryDirectory(prefix="hllm-") as folder:
+            words = Path(folder, "last-words")
+            words.touch()
+            # A session of its own: whoever kills the task's process group leaves a training run its time to checkpoint.
+            self._process = subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                env={**os.environ, **environment, "PYTHONUNBUFFERED": "1", "HLLM_TERMINATION_LOG": str(words)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            if self._stopped:
+                self.stop()
+            last = ""
+            for line in self._process.stdout or ():
+                last = line.decode("utf-8", "replace").rstrip("\r\n") or last
+                say(last)
+            code = self._process.wait()
+            exit_code = 128 - code if code < 0 else code
+            line, _, result = words.read_text("utf-8", "replace").strip().partition("\n")
+            return Ended(exit_code, line or last, result)
+
+    def stop(self) -> None:
+        """Ask it to stop. It finishes its unit of work, writes a checkpoint and ends; `run` waits for that."""
+        self._stopped = True
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+
+class LocalStep(BaseOperator):
+    """One `hllm` command on the machine of the Airflow worker."""
+
+    ui_color = "#e8f0fe"
+
+    def __init__(self, *, command: Sequence[str], environment: Environment, on_result: Callable[[Context, str], None] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.command = list(command)
+        self.environment = environment
+        self.on_result = on_result
+        self.process = LocalProcess()
+
+    def execute(self, context: Context) -> None:
+        # The `hllm` of this very environment, whatever PATH says.
+        argv = [str(Path(sys.executable).with_name("hllm")), *self.command]
+        environment = self.environment(context)
+        self.log.info("hllm %s with %s", " ".join(self.command), ", ".join(sorted(environment)))
+        ended = self.process.run(argv, environment, self.log.info)
+        # For people and for whoever follows the run; no task reads it.
+        context["ti"].xcom_push("ended", {"exit_code": ended.exit_code, "line": ended.line})
+        if ended.exit_code:
+            raise failure(self.command, ended)
+        if self.on_result:
+            self.on_result(context, ended.result)
+
+    def on_kill(self) -> None:
+        self.process.stop()
+
+
+def failure(command: Sequence[str], ended: Ended) -> AirflowException:
+    """The exception that makes Airflow retry what a retry can mend, and fail at once what it cannot."""
+    message = f"hllm {' '.join(command)} ended with {ended.exit_code}: {ended.line or 'it said nothing'}"
+    return AirflowException(message) if ended.exit_code in RETRY_HELPS else AirflowFailException(message)
+
+
+RUNNERS: dict[str, type[LocalStep]] = {"local": LocalStep}
+"""`runner.kind` -> the operator that runs one command."""
+
+
+def hllm_task(settings: Settings, task_id: str, command: Sequence[str], environment: Environment, **kwargs: Any) -> BaseOperator:
+    """The task for one command, by the runner that the settings chose."""
+    return RUNNERS[settings.runner.kind](task_id=task_id, command=command, environment=environment, **kwargs)

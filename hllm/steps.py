@@ -108,7 +108,7 @@ def steps(settings: Settings) -> dict[str, Step]:
         )
     )
     found.append(
-        Step("evaluate", ("evaluate",), "full ranking of every model", ("prepare", *evaluated), ("evaluation", "run.seed", "embed.max_history"), "hllm.evaluation.evaluate:evaluate")
+        Step("evaluate", ("evaluate",), "full ranking of every model", ("prepare", *evaluated), ("evaluation", "run.seed", "embed.max_history", "model.family"), "hllm.evaluation.evaluate:evaluate")
     )
     return {step.name: step for step in found}
 

@@ -1,0 +1,133 @@
+"""Every model on the same held-out events: full ranking, segments, intervals, readable examples."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hllm.artifacts import write_atomically
+from hllm.data.prepared import Prepared
+from hllm.errors import DataError
+from hllm.evaluation.champion import rank_package
+from hllm.evaluation.examples import examples
+from hllm.evaluation.measure import PART, compare, entry, measure
+from hllm.evaluation.rank_table import rank_table, read_ranks, write_ranks
+from hllm.evaluation.ranking import (
+    Floats,
+    HeldOut,
+    rank_by_popularity,
+    rank_by_vectors,
+    training_counts,
+)
+from hllm.evaluation.segments import segments
+from hllm.progress import Progress
+from hllm.settings import Settings
+from hllm.steps import FAMILIES, Context
+
+POPULAR = "popular"
+
+
+def evaluate(context: Context) -> None:
+    """Step: writes metrics.json, ranks.parquet and examples.json."""
+    settings, prepared = context.settings, Prepared.open(context.inputs["prepare"])
+    (context.output / "curves.jsonl").unlink(missing_ok=True)
+    held_out = HeldOut.of(prepared, PART)
+    if not len(held_out):
+        raise DataError(
+            "there are no held-out test events to evaluate on",
+            where="evaluate",
+            remedy="leave_one_out needs users with at least 3 events; a temporal split needs events of known "
+            "users from prepare.test_from on.",
+        )
+    candidate = candidate_label(settings)
+    ranks = {POPULAR: rank_by_popularity(training_counts(prepared), held_out)}
+    for label in trained_labels(context.inputs):
+        users_RD, items_ID = held_out_vectors(context, label, prepared, held_out)
+        with Progress(f"rank {label}", len(held_out), "event") as progress:
+            ranks[label] = rank_by_vectors(users_RD, items_ID, held_out, label, advance=progress.advance)
+        if label == candidate:
+            shown = examples(settings, prepared, held_out, ranks[label], users_RD, items_ID)
+            _write_json(context.output / "examples.json", shown)
+    metrics = measure(settings, prepared, held_out, ranks, candidate)
+    _write_json(context.output / "metrics.json", metrics)
+    write_ranks(context.output / "ranks.parquet", held_out, ranks)
+    _report_headline(context, metrics)
+
+
+def candidate_label(settings: Settings) -> str:
+    """The model that is registered: the family's last stage."""
+    return f"{settings.model.family}-{FAMILIES[settings.model.family][-1]}"
+
+
+def trained_labels(inputs: Mapping[str, Path]) -> list[str]:
+    """hllm-1, hllm-2, sasrec-1: what `train-...` inputs there are."""
+    return [found[1] for name in inputs if (found := re.fullmatch(r"train-(\w+-\d+)", name))]
+
+
+def held_out_vectors(
+    context: Context, label: str, prepared: Prepared, held_out: HeldOut
+) -> tuple[Floats, Floats]:
+    """The user's vector just before each held-out event, and every item's vector."""
+    from hllm.embedding.items import ItemVectors
+    from hllm.embedding.users import held_out_user_vectors
+    from hllm.models.load import load_user_model
+
+    family = label.rpartition("-")[0]
+    items_ID = ItemVectors.open(context.inputs[f"embed-{family}-1"]).matrix()
+    model, embed = load_user_model(context.inputs[f"train-{label}"]), context.settings.embed
+    users_RD = held_out_user_vectors(
+        model,
+        items_ID,
+        prepared,
+        held_out.users_R,
+        held_out.positions_R,
+        embed.max_history,
+        embed.users_per_batch,
+    )
+    return np.asarray(users_RD), np.asarray(items_ID)
+
+
+def evaluate_package(
+    prepared: Prepared, package: Any, settings: Settings, candidate_folder: Path | None = None
+) -> tuple[dict[str, Any], Any]:
+    """A model of an earlier version (the champion) on today's held-out events: (an entry like one of
+    metrics.json's `models`, its table of ranks).
+
+    Items are matched by id. Items that the package does not know rank last; so does every item for a user
+    of whom it knows nothing. Given the `evaluate` output of the candidate, the entry also holds its
+    `comparison` with this model: the candidate's differences and ratios with paired intervals.
+    """
+    held_out = HeldOut.of(prepared, PART)
+    ranks = rank_package(prepared, package, settings, held_out)
+    found = entry(settings, held_out, segments(prepared, held_out, settings.evaluation), ranks)
+    if candidate_folder is not None:
+        mine = read_ranks(candidate_folder / "ranks.parquet", candidate_label(settings), held_out)
+        found["comparison"] = compare(settings, held_out, mine, ranks)
+    return found, rank_table("champion", held_out, ranks)
+
+
+def _report_headline(context: Context, metrics: Mapping[str, Any]) -> None:
+    context.rows = {
+        "held_out_events": metrics["rows"],
+        "items": metrics["catalogue"],
+        "models": len(metrics["models"]),
+    }
+    context.facts = {
+        "candidate": metrics["candidate"],
+        "rows_without_history": metrics["rows_without_history"],
+    }
+    for label, model in metrics["models"].items():
+        values = {name: figure["value"] for name, figure in model["overall"][metrics["headline"]].items()}
+        context.facts[label] = {name: round(value, 6) for name, value in values.items()}
+        context.log({f"{label}/{name}": value for name, value in values.items()}, at=0)
+    candidate = metrics["models"][metrics["candidate"]]["overall"][metrics["headline"]]
+    context.log({name: figure["value"] for name, figure in candidate.items()}, at=0)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode())

@@ -32,7 +32,8 @@ INTERACTIONS = pa.schema(
     ]
 )
 RAW = ("timestamp_raw", "label_raw", "created_at_raw")
-RESERVED = {"item_id", "item_index", "created_at", "created_at_raw", "text", "train_events", "reason", "row"} - {"text"}
+RESERVED = {"item_id", "item_index", "created_at", "created_at_raw", "train_events", "reason", "row"}
+"""Names that a text column of the catalogue cannot have."""
 
 
 def interactions_schema() -> pa.Schema:

@@ -1,0 +1,46 @@
+"""DuckDB as the steps use it: few threads, bounded memory, the rest spills to the step's scratch folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import duckdb
+
+MEMORY = "2GB"
+
+
+@contextmanager
+def connect(scratch: Path, threads: int = 0) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database of its own: temporary tables that outgrow the memory limit go to `scratch`."""
+    import duckdb
+
+    settings = {"memory_limit": MEMORY, "temp_directory": str(scratch / "duckdb"), "autoinstall_known_extensions": "false"}
+    connection = duckdb.connect(config=settings | ({"threads": str(threads)} if threads else {}))
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def text(value: object) -> str:
+    """A SQL string literal."""
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def name(column: str) -> str:
+    """A SQL identifier."""
+    return '"' + column.replace('"', '""') + '"'
+
+
+def parquet(path: Path) -> str:
+    """A Parquet file as a table."""
+    return f"read_parquet({text(path)})"
+
+
+def numbered(path: Path) -> str:
+    """A Parquet file as a table, with each row's place in the file as `row`."""
+    return f"(SELECT * EXCLUDE (file_row_number), file_row_number AS row FROM read_parquet({text(path)}, file_row_number = true))"  # noqa: S608

@@ -1,0 +1,77 @@
+"""The marked view of each table: one row per row, with every rule's question answered in a column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from hllm.data import duck
+from hllm.data.schema import Rule, text_columns
+
+if TYPE_CHECKING:
+    import duckdb
+
+NO_ID = ("nan", "NaN", "NaT", "<NA>", "None", "null", "NULL")
+"""What programs write where there is no id. A user who is really called so is quarantined, visibly."""
+
+
+def mark_items(db: duckdb.DuckDBPyConnection, raw: Path, marked: Path, rules: Sequence[Rule]) -> None:
+    names = pa.parquet.read_schema(raw).names
+    # What the eye does not see is no text: white space, control characters, marks that only format.
+    visible = [f"length(regexp_replace(coalesce({duck.name(name)}, ''), '[\\p{{Z}}\\p{{C}}]+', '', 'g'))" for name in text_columns(names)]
+    lengths = [f"length(coalesce({duck.name(name)}, ''))" for name in text_columns(names)]
+    unreadable = "created_at_raw IS NOT NULL" if "created_at_raw" in names else "false"
+    columns = f"""
+        row,
+        {_known_id("item_id")} AS item_id,
+        {unreadable} AS created_at_unreadable,
+        CASE WHEN {" + ".join(visible)} = 0 THEN 0 ELSE {" + ".join(lengths)} END AS text_chars
+    """
+    _write(db, f"SELECT {columns} FROM {duck.numbered(raw)}", "item_id", marked, rules)
+
+
+def mark_interactions(db: duckdb.DuckDBPyConnection, raw: Path, items: Path, marked: Path, rules: Sequence[Rule]) -> None:
+    """`items` is the marked catalogue."""
+    catalogue = f"SELECT item_id, bool_or(reason IS NULL) AS valid FROM {duck.parquet(items)} WHERE item_id IS NOT NULL GROUP BY item_id"  # noqa: S608
+    query = f"""
+        SELECT log.*, CASE
+            WHEN log.item_id IS NULL THEN NULL
+            WHEN known.valid THEN 'known'
+            WHEN known.item_id IS NULL THEN 'unknown'
+            ELSE 'quarantined' END AS catalogue
+        FROM (
+            SELECT row, {_known_id("user_id")} AS user_id, {_known_id("item_id")} AS item_id, timestamp,
+                CASE WHEN label_raw IS NULL THEN label ELSE -1 END AS label
+            FROM {duck.numbered(raw)}
+        ) AS log LEFT JOIN ({catalogue}) AS known ON log.item_id = known.item_id
+    """  # noqa: S608
+    _write(db, query, "user_id, item_id, timestamp", marked, rules)
+
+
+def _write(db: duckdb.DuckDBPyConnection, view: str, unique: str, marked: Path, rules: Sequence[Rule]) -> None:
+    """Add `repeats` (a later one among the otherwise good rows with the same `unique` columns) and `reason`."""
+    single = [rule for rule in rules if rule.bad != "repeats"]
+    reason = "CASE " + " ".join(f"WHEN {rule.bad} THEN {duck.text(rule.reason)}" for rule in single) + " END"
+    (repeated,) = (rule.reason for rule in rules if rule.bad == "repeats")
+    db.execute(
+        f"""
+        COPY (
+            SELECT * EXCLUDE (place, fault), fault IS NULL AND place > 1 AS repeats,
+                CASE WHEN repeats THEN {duck.text(repeated)} ELSE fault END AS reason
+            FROM (
+                SELECT *, row_number() OVER (PARTITION BY {unique}, fault IS NULL ORDER BY row) AS place
+                FROM (SELECT *, {reason} AS fault FROM ({view}))
+            )
+            ORDER BY row
+        ) TO {duck.text(marked)} (FORMAT parquet, COMPRESSION zstd)
+        """  # noqa: S608
+    )
+
+
+def _known_id(column: str) -> str:
+    missing = ", ".join(map(duck.text, NO_ID))
+    return f"CASE WHEN trim({column}) = '' OR {column} IN ({missing}) THEN NULL ELSE {column} END"

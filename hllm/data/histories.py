@@ -1,0 +1,84 @@
+"""Users' histories: numbered, filtered to the k-core, sorted by time; equal times keep the file's order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hllm.data import duck
+from hllm.data.prepared import ARRAYS
+
+if TYPE_CHECKING:
+    import duckdb
+
+FETCH_ROWS = 1 << 18
+
+
+def number_and_sort(db: duckdb.DuckDBPyConnection, items: Path, interactions: Path, k_core: int) -> dict[str, int]:
+    """Tables `items` (item_index in catalogue order), `users` (user_index in order of first appearance) and `events`.
+
+    Every item of the catalogue keeps its number, also without events: it can still be recommended.
+    """
+    db.execute(f"CREATE TABLE items AS SELECT row::INTEGER AS item_index, item_id FROM {duck.numbered(items)}")  # noqa: S608
+    db.execute(
+        f"""
+        CREATE TABLE log AS
+        SELECT log.row, log.user_id, items.item_index, log.timestamp, coalesce(log.label, -1)::TINYINT AS label
+        FROM {duck.numbered(interactions)} AS log JOIN items USING (item_id)
+        """  # noqa: S608
+    )
+    _keep_core(db, k_core)
+    db.execute(
+        """
+        CREATE TABLE users AS
+        SELECT (row_number() OVER (ORDER BY min(row)) - 1)::INTEGER AS user_index, user_id, count(*) AS events
+        FROM log GROUP BY user_id
+        """
+    )
+    db.execute(
+        """
+        CREATE TABLE events AS
+        SELECT users.user_index, log.item_index, log.timestamp, log.label, log.row
+        FROM log JOIN users USING (user_id) ORDER BY users.user_index, log.timestamp, log.row
+        """
+    )
+    db.execute("DROP TABLE log")
+    return {table: _count(db, table) for table in ("items", "users", "events")}
+
+
+def _keep_core(db: duckdb.DuckDBPyConnection, k: int) -> None:
+    """Dropping a user takes events from items and the other way round, so it goes on until nothing changes."""
+    before = -1
+    while k > 1 and before != (before := _count(db, "log")):
+        for column in ("user_id", "item_index"):
+            db.execute(f"DELETE FROM log WHERE {column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) < {int(k)})")  # noqa: S608
+
+
+def write_events(db: duckdb.DuckDBPyConnection, output: Path, users: int, events: int) -> None:
+    """event_items, event_times, event_labels and user_offsets; read from DuckDB and written in parts."""
+    columns = {"event_items": "item_index", "event_times": "timestamp", "event_labels": "label"}
+    arrays = {name: create(output, name, events) for name in columns}
+    at = 0
+    query = "SELECT item_index, timestamp, label FROM events ORDER BY user_index, timestamp, row"
+    for batch in db.sql(query).to_arrow_reader(FETCH_ROWS):
+        for name, column in columns.items():
+            arrays[name][at : at + batch.num_rows] = batch.column(column).to_numpy(zero_copy_only=False)
+        at += batch.num_rows
+    offsets = create(output, "user_offsets", users + 1)
+    np.cumsum(db.execute("SELECT events FROM users ORDER BY user_index").fetchnumpy()["events"], out=offsets[1:])
+    for array in (*arrays.values(), offsets):
+        array.flush()
+
+
+def create(output: Path, name: str, length: int) -> Any:
+    """A new array file, written through memory mapping."""
+    if not length:  # an empty file cannot be mapped
+        np.save(output / f"{name}.npy", np.empty(0, ARRAYS[name]), allow_pickle=False)
+        return np.load(output / f"{name}.npy", allow_pickle=False)
+    return np.lib.format.open_memmap(output / f"{name}.npy", mode="w+", dtype=ARRAYS[name], shape=(length,))
+
+
+def _count(db: duckdb.DuckDBPyConnection, table: str) -> int:
+    return int((db.execute(f"SELECT count(*) FROM {table}").fetchone() or (0,))[0])  # noqa: S608

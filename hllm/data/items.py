@@ -1,0 +1,103 @@
+"""Item texts: each one joined from its fields and tokenised, once for all steps that follow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet
+
+from hllm.data.histories import create
+from hllm.data.schema import text_columns
+from hllm.errors import ConfigError
+from hllm.settings import Prepare
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+OURS = ("item_index", "item_id", "text", "title", "train_events")
+
+
+def write_items(
+    source: Path,
+    output: Path,
+    scratch: Path,
+    settings: Prepare,
+    backbone: str,
+    train_events: npt.NDArray[np.int64],
+    batch_rows: int,
+) -> dict[str, int]:
+    """items.parquet, token_ids and token_offsets; a batch of items in memory at a time."""
+    from hllm.models.backbone import tokenizer_for
+
+    encode = tokenizer_for(backbone).encode_batch
+    _require_room_for_text(encode, settings)
+    lengths: list[int] = []
+    truncated = 0
+    with pa.parquet.ParquetFile(source) as file, (scratch / "tokens.bin").open("wb") as tokens:
+        fields = text_columns(file.schema_arrow.names)
+        others = [name for name in file.schema_arrow.names if name not in OURS]
+        schema = pa.schema(
+            [("item_index", pa.int32()), ("item_id", pa.string()), ("text", pa.string()), ("title", pa.string())]
+            + [("train_events", pa.int64()), *(file.schema_arrow.field(name) for name in others)]
+        )
+        with pa.parquet.ParquetWriter(output / "items.parquet", schema, compression="zstd") as writer:
+            for batch in file.iter_batches(batch_size=min(batch_rows, 4096)):
+                first = len(lengths)
+                values = list(_cleaned(batch, fields))
+                texts = [join(item, settings) for item in values]
+                for ids in encode([settings.prompt + text for text in texts]):
+                    truncated += len(ids) > settings.max_tokens
+                    kept = ids[: settings.max_tokens]
+                    lengths.append(len(kept))
+                    tokens.write(np.asarray(kept, np.int32).tobytes())
+                columns: dict[str, Any] = {
+                    "item_index": np.arange(first, len(lengths), dtype=np.int32),
+                    "item_id": batch.column("item_id"),
+                    "text": pa.array(texts, pa.string()),
+                    "title": pa.array([next(filter(None, item.values()), "") for item in values], pa.string()),
+                    "train_events": train_events[first : len(lengths)],
+                }
+                columns |= {name: batch.column(name) for name in others}
+                writer.write_batch(pa.record_batch([pa.array(columns[name], schema.field(name).type) for name in schema.names], schema=schema))
+    _write_tokens(scratch / "tokens.bin", output, lengths)
+    return {"tokens": sum(lengths), "longest_item_tokens": max(lengths), "truncated_items": truncated}
+
+
+def join(fields: Mapping[str, str], settings: Prepare) -> str:
+    """The fields that hold something, each in the template, with the separator between them."""
+    written = (settings.field_template.replace("{name}", name).replace("{value}", value) for name, value in fields.items() if value)
+    return settings.field_separator.join(written)
+
+
+def clean(text: str | None) -> str:
+    """One line of visible text: control characters and runs of white space become single spaces."""
+    return " ".join(CONTROL.sub(" ", text or "").split())
+
+
+def _cleaned(batch: pa.RecordBatch, fields: list[str]) -> Iterator[dict[str, str]]:
+    columns = [batch.column(name).to_pylist() for name in fields]
+    for values in zip(*columns, strict=True):
+        yield {name: clean(value) for name, value in zip(fields, values, strict=True)}
+
+
+def _require_room_for_text(encode: Any, settings: Prepare) -> None:
+    """A prompt that fills every token would give all items the same vector."""
+    (prompt,) = encode([settings.prompt]) if settings.prompt else ([],)
+    if len(prompt) >= settings.max_tokens:
+        raise ConfigError(
+            f"prepare.prompt takes {len(prompt)} tokens, prepare.max_tokens keeps {settings.max_tokens}: no token of any item is left",
+            remedy="Shorten prepare.prompt or raise prepare.max_tokens.",
+        )
+
+
+def _write_tokens(raw: Path, output: Path, lengths: list[int]) -> None:
+    offsets = create(output, "token_offsets", len(lengths) + 1)
+    np.cumsum(lengths, out=offsets[1:])
+    ids = create(output, "token_ids", int(offsets[-1]))
+    ids[:] = np.memmap(raw, np.int32, mode="r")
+    offsets.flush()
+    ids.flush()

@@ -31,7 +31,7 @@ def promote(
         ConfigError: there is no such version, or `at` is not a time.
     """
     chosen = versions.registered_version(settings, version)
-    decided_at = _moment(at)
+    audit = _audit("approved", by, note, at)
     if chosen.tags.get("gate") != "passed":
         raise GateError(
             f"did not pass the gate: {chosen.tags.get('gate_reasons', 'no verdict')}",
@@ -44,17 +44,36 @@ def promote(
         _drop_candidate(settings, chosen)
         typer.echo(f"promote: {_name(chosen)} is the champion already; nothing changed")
         return versions.registered_version(settings, str(chosen.version))
-    audit = {
-        "decision": "approved",
-        "decided_by": by or getpass.getuser(),
-        "decided_at": decided_at,
-        "decision_note": note,
-    }
     before = next((info for info in (last, named) if info and info.version != chosen.version), None)
     if before:
         audit[REPLACED_TAG] = str(before.version)
     versions.set_tags(settings, chosen.version, audit)
     _move(settings, chosen, before, "promoted", audit)
+    _drop_candidate(settings, chosen)
+    return versions.registered_version(settings, str(chosen.version))
+
+
+def reject(
+    settings: Settings, version: str | None = None, *, by: str = "", note: str = "", at: str = ""
+) -> VersionInfo:
+    """Record that a person decided against a version: it keeps the note and is no candidate any more.
+
+    Raises:
+        GateError: the version serves; `hllm rollback` is the way to take it back.
+    """
+    chosen = versions.registered_version(settings, version)
+    if CHAMPION in chosen.aliases:
+        raise GateError(
+            "is the champion and cannot be rejected", where=_name(chosen), remedy="Run `hllm rollback`."
+        )
+    audit = _audit("rejected", by, note, at)
+    if chosen.tags.get("decision") == "rejected":
+        typer.echo(f"reject: {_name(chosen)} was rejected already; nothing changed")
+    else:
+        versions.set_tags(settings, chosen.version, audit)
+        typer.echo(
+            f"rejected: {_name(chosen)}, decided by {audit['decided_by']} at {audit['decided_at']}: {note}"
+        )
     _drop_candidate(settings, chosen)
     return versions.registered_version(settings, str(chosen.version))
 
@@ -73,7 +92,7 @@ def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: s
         typer.echo(f"rollback: {_name(target)} is the champion already; nothing changed")
         return target
     left = next((info for info in (named, last) if info and info.version != target.version), None)
-    audit = {"decided_by": by or getpass.getuser(), "decided_at": _moment(""), "decision_note": note}
+    audit = _audit("rolled back", by, note, "")
     if left:
         rolled_back = {
             "decision": "rolled back",
@@ -93,9 +112,7 @@ def _move(
     change |= {"by": audit["decided_by"], "at": audit["decided_at"], "note": audit["decision_note"]}
     versions.set_model_tags(settings, {SERVING_TAG: str(to.version), CHANGE_TAG: json.dumps(change)})
     versions.set_alias(settings, CHAMPION, to.version)
-    came_from = (
-        f"from version {left.version}" if left and left.version != to.version else "for the first time"
-    )
+    came_from = f"from version {left.version} " if left else ""
     typer.echo(
         f"{action}: champion of {to.model} moved {came_from}to version {to.version} "
         f"(service {to.tags[SERVICE_TAG]}), decided by {audit['decided_by']} at {audit['decided_at']}"
@@ -136,6 +153,15 @@ def _refuse_unpublished(chosen: VersionInfo) -> None:
 def _drop_candidate(settings: Settings, chosen: VersionInfo) -> None:
     if CANDIDATE in chosen.aliases:
         versions.remove_alias(settings, CANDIDATE)
+
+
+def _audit(decision: str, by: str, note: str, at: str) -> dict[str, str]:
+    return {
+        "decision": decision,
+        "decided_by": by or getpass.getuser(),
+        "decided_at": _moment(at),
+        "decision_note": note,
+    }
 
 
 def _moment(at: str) -> str:

@@ -75,6 +75,12 @@ def client(settings: Settings) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
 
 
+def page_root(settings: Settings) -> str:
+    """Where MLflow's web page is; a local store's page is there while `make ui` runs."""
+    uri = tracking_uri(settings)
+    return shown(uri).rstrip("/") + "/" if uri.startswith("http") else "http://127.0.0.1:5000/"
+
+
 def point_fluent_at(settings: Settings) -> None:
     """The functions that take no client (log_model, load_model) read the address from a global."""
     import mlflow

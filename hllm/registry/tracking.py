@@ -161,7 +161,7 @@ class Tracker:
         tags = {"hllm.output": location, "hllm.digest": manifest.digest, "hllm.code": manifest.code_version}
         tags |= {f"hllm.fact.{name}": text(value) for name, value in facts.items() if not _is_number(value)}
         with self._never_lose_the_work():
-            _tag(self.client, self.run_id, tags)
+            log_tags(self.client, self.run_id, tags)
             if manifest.step in {"ingest", "prepare"}:
                 log_dataset(self.client, self.run_id, manifest, self.settings)
             if manifest.step == "prepare":
@@ -183,9 +183,7 @@ class Tracker:
 
     def _log_headline(self, manifest: Manifest) -> None:
         path = Store(self.settings.run.root).folder(manifest.step, manifest.key) / "metrics.json"
-        values = headline_metrics(json.loads(path.read_text("utf-8")))
-        self.log_metrics(values)
-        log_metrics_now(self.client, self.parent, values)
+        log_metrics_now(self.client, self.parent, headline_metrics(json.loads(path.read_text("utf-8"))))
 
     def _end_system_metrics(self) -> None:
         if self._system is None:
@@ -240,6 +238,20 @@ def log_metrics_now(client: MlflowClient, run_id: str, values: Mapping[str, floa
     client.log_batch(run_id, metrics=metrics)
 
 
+def log_params(client: MlflowClient, run_id: str, values: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(metric_name(name), value) for name, value in values.items()]
+    for first in range(0, len(params), _PARAMS_PER_REQUEST):
+        client.log_batch(run_id, params=params[first : first + _PARAMS_PER_REQUEST])
+
+
+def log_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(metric_name(name), value) for name, value in tags.items()])
+
+
 def metric_name(name: str) -> str:
     """MLflow allows letters, digits and a few signs, `@` not among them."""
     name = name.replace("@", "_at_")
@@ -289,8 +301,6 @@ def _parents(client: MlflowClient, experiment: str, pipeline_key: str) -> list[s
 def _start(
     client: MlflowClient, settings: Settings, parent: str, step_name: str, step_settings: Mapping[str, Any]
 ) -> str:
-    from mlflow.entities import Param
-
     parent_info = client.get_run(parent).info
     own = f"tags.`mlflow.parentRunId` = '{parent}' AND tags.`hllm.step` = '{step_name}'"
     # An output has one writer, so a run of this step that still says RUNNING lost its process.
@@ -301,24 +311,16 @@ def _start(
         client.update_run(parent, status="RUNNING")
     tags = {"mlflow.parentRunId": parent, "hllm.step": step_name}
     run_id = client.create_run(parent_info.experiment_id, run_name=step_name, tags=tags).info.run_id
-    params = [Param(metric_name(name), value) for name, value in flatten(step_settings).items()]
-    for first in range(0, len(params), _PARAMS_PER_REQUEST):
-        client.log_batch(run_id, params=params[first : first + _PARAMS_PER_REQUEST])
+    log_params(client, run_id, flatten(step_settings))
     return str(run_id)
 
 
-def _tag(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    client.log_batch(run_id, tags=[RunTag(metric_name(name), value) for name, value in tags.items()])
-
-
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested facts with dotted names, values as they are."""
+    """Nested facts as `outer/inner`, values as they are."""
     found: dict[str, Any] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}.{inner}": leaf for inner, leaf in _plain(value).items()}
+            found |= {f"{name}/{inner}": leaf for inner, leaf in _plain(value).items()}
         else:
             found[name] = value
     return found

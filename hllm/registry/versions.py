@@ -97,7 +97,7 @@ def champion(settings: Settings) -> VersionInfo | None:
 
 
 def serving_version(settings: Settings) -> VersionInfo | None:
-    """The version whose vectors are to be read: the champion when it is verified, otherwise the last promoted.
+    """The version whose vectors are to be read: the champion if it is verified, or else the last promoted.
 
     The second case happens when somebody moves or removes the alias by hand; stderr says so.
     """
@@ -112,8 +112,8 @@ def serving_version(settings: Settings) -> VersionInfo | None:
         what = f"the alias {CHAMPION} names version {named.version}, which is not published ({state})"
         if last:
             _warn(
-                f"{what}: it was moved by hand. Version {last.version}, promoted last, goes on serving. Publish, "
-                f"verify and promote version {named.version}, or run `hllm rollback --to {last.version}`"
+                f"{what}: it was moved by hand. Version {last.version}, promoted last, goes on serving. "
+                f"Publish, verify and promote version {named.version}, or `hllm rollback --to {last.version}`"
             )
         else:
             _warn(f"{what}, and no version was promoted before it: nothing serves")
@@ -132,7 +132,7 @@ def set_tags(settings: Settings, version: int | str, tags: Mapping[str, str | No
     """Write tags of a version; None removes one.
 
     Raises:
-        ConfigError: a publication that does not exist, or a feature service on a version that is not verified.
+        ConfigError: an unknown publication, or a feature service on a version that is not verified.
     """
     publication = tags.get("publication")
     if publication is not None and publication not in PUBLICATIONS:
@@ -147,13 +147,16 @@ def set_tags(settings: Settings, version: int | str, tags: Mapping[str, str | No
                 raise ConfigError(
                     f"{SERVICE_TAG} is set only on a verified version", where=f"{model} version {version}"
                 )
-        for name, value in tags.items():
+        ordered = dict(tags)
+        if publication is not None and publication != VERIFIED:
+            ordered = {SERVICE_TAG: None, **ordered}
+        elif publication is not None:
+            ordered = {"publication": publication, **ordered}
+        for name, value in ordered.items():
             if value is None:
                 client.delete_model_version_tag(model, str(version), name)
             else:
                 client.set_model_version_tag(model, str(version), name, value)
-        if publication is not None and publication != VERIFIED:
-            client.delete_model_version_tag(model, str(version), SERVICE_TAG)
 
 
 def model_tags(settings: Settings) -> dict[str, str]:

@@ -1,0 +1,39 @@
+"""The model as MLflow loads it: histories of item ids in, recommended item ids out.
+
+MLflow keeps this file as source beside the package's safetensors, and a copy of the `hllm` sources beside
+both: the model loads where the requirements are installed, `hllm` itself or not. Nothing in it is a pickle.
+
+    model = mlflow.pyfunc.load_model("models:/hllm@champion")
+    model.predict(pandas.DataFrame({"history": [["50", "181"]]}), params={"k": 10, "filter_history": True})
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+
+
+class Recommender(PythonModel):
+    """One row per user: column `history`, item ids from oldest to newest; unknown ids are skipped."""
+
+    def load_context(self, context: Any) -> None:
+        from pathlib import Path
+
+        from hllm.models.package import Package
+
+        self.package = Package.open(Path(context.artifacts["package"]))
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        asked = {"k": 10, "filter_history": True} | (params or {})
+        histories = [[str(item_id) for item_id in history] for history in model_input["history"]]
+        k, filter_history = int(asked["k"]), bool(asked["filter_history"])
+        found = self.package.recommend(histories, k, filter_history=filter_history)
+        item_ids = [[item_id for item_id, _ in row] for row in found]
+        scores = [[float(score) for _, score in row] for row in found]
+        return pd.DataFrame({"item_ids": item_ids, "scores": scores}, index=model_input.index)
+
+
+set_model(Recommender())

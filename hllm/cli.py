@@ -92,9 +92,13 @@ def evaluate(config: Config = None, set: Set = None, force: Force = False, debug
 def register(config: Config = None, set: Set = None, debug: Debug = False) -> None:
     """Log the model to MLflow, pass the gate, write the report, set the alias `candidate`."""
     with _command(debug):
+        from hllm.registry.announce import announcement
         from hllm.registry.register import register as act
 
-        act(settings_module.load(config, set or ()))
+        settings = settings_module.load(config, set or ())
+        found = announcement(settings, act(settings).version)
+        state = "is the champion already" if found["serves"] else f"gate {found['gate']}"
+        _leave(f"register: {found['model']} version {found['version']}, {state} -> {found['report']}", found)
 
 
 @app.command()
@@ -143,6 +147,23 @@ def reject(
     debug: Debug = False,
 ) -> None:
     """Record that a candidate was rejected, by whom and why; it loses the alias `candidate`."""
+    with _command(debug):
+        from hllm.registry.promote import reject as act
+
+        act(settings_module.load(config, set or ()), version, by=by, note=note, at=at)
+
+
+@app.command()
+def reject(
+    version: Version = None,
+    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
+    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
+    at: Annotated[str, typer.Option("--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out.")] = "",
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Keep a decision against a version with it: who, when and why; it stops being the candidate."""
     with _command(debug):
         from hllm.registry.promote import reject as act
 

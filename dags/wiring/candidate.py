@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from airflow.sdk import Asset, Context
@@ -27,7 +26,7 @@ class Candidate:
     version: str
     environment: dict[str, str]
     about: dict[str, Any] = field(default_factory=dict)
-    """`model`, `report`, `gate`, `description` of the version, for the person who decides."""
+    """What `hllm register` said of the version: `model`, `gate`, `description`, `page`, `report`."""
 
 
 def announce(context: Context, result: str) -> None:
@@ -59,17 +58,12 @@ def candidate_of(context: Context) -> Candidate:
 def body(candidate: Candidate) -> str:
     """What the approver reads (Markdown)."""
     about = candidate.about
-    lines = [f"**{about.get('model', 'Model')} version {candidate.version}**"]
-    if about.get("gate"):
-        lines.append(f"Gate: **{about['gate']}**")
-    if about.get("description"):
-        lines.append(about["description"])
-    if about.get("report"):
-        lines.append(f"Report: {_link(about['report'])}")
-    lines.append("Approve: it is published to Feast, read back, compared, and becomes the champion. Reject: nothing is published, and the version keeps your note.")
-    return "\n\n".join(lines)
-
-
-def _link(location: str) -> str:
-    """Browsers open no file links from web pages: a local path is shown as text, to be copied."""
-    return f"[open]({location})" if location.startswith(("http://", "https://")) else f"`{Path(location).resolve().as_uri() if '://' not in location else location}`"
+    parts = [
+        about.get("description") or f"Version {candidate.version}, asked for by hand.",
+        f"[The version in MLflow]({about['page']})" if about.get("page") else "",
+        # A browser opens no file from a web page: the address of a local report is there to be copied.
+        f"The report: `{about['report']}`" if about.get("report") else "",
+        "**Approve**: its vectors are published to Feast, read back and compared, and it becomes the champion. "
+        "**Reject**: nothing is published, and the version keeps your note.",
+    ]
+    return "\n\n".join(part for part in parts if part)

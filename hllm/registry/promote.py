@@ -1,4 +1,4 @@
-"""Which version serves: `promote` moves the alias `champion` forward, `rollback` back; both leave a trail.
+"""Which version serves: `promote` moves the alias `champion` forward, `rollback` back; `reject` keeps a no. All leave a trail.
 
 Order matters: everything is checked first, then the record is written, and the alias moves last. A process
 killed in between leaves the earlier champion serving, and the same command finishes the work.
@@ -103,6 +103,37 @@ def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: s
         versions.set_tags(settings, left.version, rolled_back)
     _move(settings, target, left, "rolled back", audit)
     return versions.registered_version(settings, str(target.version))
+
+
+def reject(
+    settings: Settings, version: str | None = None, *, by: str = "", note: str = "", at: str = ""
+) -> VersionInfo:
+    """Keep a decision against a version with it. It stays registered, and stops being the candidate.
+
+    Raises:
+        GateError: the version serves; a champion is replaced or rolled back, not rejected.
+        ConfigError: there is no such version, or `at` is not a time.
+    """
+    chosen = versions.registered_version(settings, version)
+    audit = {
+        "decision": "rejected",
+        "decided_by": by or getpass.getuser(),
+        "decided_at": _moment(at),
+        "decision_note": note,
+    }
+    if _serves(chosen, versions.last_promoted(settings)):
+        raise GateError(
+            "is the champion, and cannot be rejected",
+            where=_name(chosen),
+            remedy="`hllm rollback` returns to an earlier version.",
+        )
+    versions.set_tags(settings, chosen.version, audit)
+    _drop_candidate(settings, chosen)
+    typer.echo(
+        f"reject: {_name(chosen)} rejected by {audit['decided_by']} at {audit['decided_at']}"
+        + (f": {note}" if note else "")
+    )
+    return versions.registered_version(settings, str(chosen.version))
 
 
 def _move(

@@ -1,0 +1,33 @@
+"""What a registered version says to whoever releases it: small enough for a termination message (4 KB in Kubernetes)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hllm.artifacts import Store
+from hllm.registry import server, versions
+from hllm.settings import Settings
+
+DESCRIPTION_LIMIT = 2800
+
+
+def announcement(settings: Settings, version: int) -> dict[str, Any]:
+    """The version, its verdict and links that work outside MLflow's own page; `serves` when it is the champion already."""
+    info = versions.registered_version(settings, str(version))
+    last = versions.last_promoted(settings)
+    pages = server.page_root(settings)
+    description = info.description.replace("](#/", f"]({pages}#/")
+    if len(description) > DESCRIPTION_LIMIT:
+        description = description[:DESCRIPTION_LIMIT].rpartition("\n")[0] + "\n\nThe rest is in MLflow."
+    store = Store(settings.run.root)
+    report = f"{store.location('register', info.tags['pipeline'])}/report.html"
+    return {
+        "model": info.model,
+        "version": info.version,
+        "gate": info.tags.get("gate", ""),
+        "page": f"{pages}#/models/{info.model}/versions/{info.version}",
+        "report": report if store.remote else Path(report).resolve().as_uri(),
+        "description": description,
+        "serves": versions.CHAMPION in info.aliases and last is not None and last.version == info.version,
+    }

@@ -34,7 +34,9 @@ class Decision(ApprovalOperator):
     def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
         decision = HITLOperator.execute_complete(self, context, event)
         other = self.rejected if decision["chosen_options"] == [self.APPROVE] else self.approved
-        self.skip(ti=context["ti"], tasks=[task for task in self.get_direct_relatives() if task.task_id == other])
+        self.skip(
+            ti=context["ti"], tasks=[task for task in self.get_direct_relatives() if task.task_id == other]
+        )
         return decision
 
 
@@ -56,10 +58,24 @@ with DAG(
     catchup=False,
     max_active_runs=1,
     params={
-        "version": Param(None, type=["null", "integer"], minimum=1, description="Only when triggered by hand: the MLflow version to release."),
-        "config": Param(form.config_path(), type="string", minLength=1, description="Only when triggered by hand: the settings file of that version."),
+        "version": Param(
+            None,
+            type=["null", "integer"],
+            minimum=1,
+            description="Only when triggered by hand: the MLflow version to release.",
+        ),
+        "config": Param(
+            form.config_path(),
+            type="string",
+            minLength=1,
+            description="Only when triggered by hand: the settings file of that version.",
+        ),
     },
-    default_args={"retries": settings.runner.retries, "retry_delay": timedelta(seconds=15), "retry_exponential_backoff": True},
+    default_args={
+        "retries": settings.runner.retries,
+        "retry_delay": timedelta(seconds=15),
+        "retry_exponential_backoff": True,
+    },
     tags=["hllm"],
     doc_md=__doc__,
 ) as dag:
@@ -67,7 +83,11 @@ with DAG(
         task_id="approve",
         approved="publish",
         rejected="reject",
-        params={"note": Param("", type=["null", "string"], title="Note", description="Why; kept with the version in MLflow.")},
+        params={
+            "note": Param(
+                "", type=["null", "string"], title="Note", description="Why; kept with the version in MLflow."
+            )
+        },
         response_timeout=timedelta(hours=settings.release.timeout_hours),
         doc_md="**A person decides.** Nobody within `release.timeout_hours`: the run fails and nothing is published.",
     )

@@ -33,7 +33,10 @@ with DAG(
     tags=["hllm"],
     doc_md=__doc__,
 ) as dag:
-    outputs = {name: Asset(f"{settings.run.name}/{name}", uri=f"hllm://{quote(settings.run.name, safe='')}/{name}") for name in steps(settings)}
+    outputs = {
+        name: Asset(f"{settings.run.name}/{name}", uri=f"hllm://{quote(settings.run.name, safe='')}/{name}")
+        for name in steps(settings)
+    }
     tasks = {}
     for step in steps(settings).values():
         tasks[step.name] = hllm_task(

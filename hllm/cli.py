@@ -154,23 +154,6 @@ def reject(
 
 
 @app.command()
-def reject(
-    version: Version = None,
-    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
-    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
-    at: Annotated[str, typer.Option("--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out.")] = "",
-    config: Config = None,
-    set: Set = None,
-    debug: Debug = False,
-) -> None:
-    """Keep a decision against a version with it: who, when and why; it stops being the candidate."""
-    with _command(debug):
-        from hllm.registry.promote import reject as act
-
-        act(settings_module.load(config, set or ()), version, by=by, note=note, at=at)
-
-
-@app.command()
 def rollback(
     to: Annotated[str | None, typer.Option("--to", help="Version to return to; the champion before this one when left out.")] = None,
     by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",

@@ -12,9 +12,9 @@ from typing import Any
 
 from airflow.sdk import Asset, Context
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
-from wiring import form
 
 from hllm.settings import ENV_PREFIX
+from wiring import form
 
 CANDIDATE = Asset("hllm_candidate", uri="hllm://candidate")
 
@@ -33,8 +33,13 @@ def announce(context: Context, result: str) -> None:
     """Register's result becomes the event that starts a release, unless the version already serves."""
     about = json.loads(result)
     if about.get("serves"):
-        raise AirflowSkipException(f"version {about['version']} is the champion already: there is nothing to approve or publish")
-    context["outlet_events"][CANDIDATE].extra = {"about": about, "environment": form.environment(context["params"])}
+        raise AirflowSkipException(
+            f"version {about['version']} is the champion already: there is nothing to approve or publish"
+        )
+    context["outlet_events"][CANDIDATE].extra = {
+        "about": about,
+        "environment": form.environment(context["params"]),
+    }
 
 
 def candidate_of(context: Context) -> Candidate:
@@ -47,12 +52,20 @@ def candidate_of(context: Context) -> Candidate:
         extra = max(events, key=lambda event: event.timestamp).extra
         about = extra.get("about", {})
         # Whoever may post asset events must not set PATH or LD_PRELOAD of our commands.
-        environment = {key: str(value) for key, value in extra.get("environment", {}).items() if key == "HLLM_CONFIG" or key.startswith(ENV_PREFIX)}
+        environment = {
+            key: str(value)
+            for key, value in extra.get("environment", {}).items()
+            if key == "HLLM_CONFIG" or key.startswith(ENV_PREFIX)
+        }
         if "version" in about:
             return Candidate(str(about["version"]), environment, about)
     if context["params"].get("version"):
-        return Candidate(str(context["params"]["version"]), {"HLLM_CONFIG": str(form.ROOT / context["params"]["config"])})
-    raise AirflowFailException("No candidate: trigger hllm_train, or give `version` when triggering this DAG by hand.")
+        return Candidate(
+            str(context["params"]["version"]), {"HLLM_CONFIG": str(form.ROOT / context["params"]["config"])}
+        )
+    raise AirflowFailException(
+        "No candidate: trigger hllm_train, or give `version` when triggering this DAG by hand."
+    )
 
 
 def body(candidate: Candidate) -> str:

@@ -68,7 +68,9 @@ def environment(answers: Mapping[str, Any]) -> dict[str, str]:
     for names in OFFERED.values():
         for dotted in names:
             if answers.get(dotted) is not None:
-                found[ENV_PREFIX + dotted.upper().replace(".", "__")] = json.dumps(answers[dotted], ensure_ascii=False)
+                found[ENV_PREFIX + dotted.upper().replace(".", "__")] = json.dumps(
+                    answers[dotted], ensure_ascii=False
+                )
     return found
 
 

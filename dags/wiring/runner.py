@@ -1,4 +1,4 @@
-"""How a task runs one `hllm` command. DAGs ask `hllm_task` and do not know which runner the settings chose."""
+"""How a task runs one `hllm` command. DAGs ask `hllm_task`; which runner the settings chose, they do not know."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 
 from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from wiring.form import ROOT
 
 from hllm.settings import Settings
+from wiring.form import ROOT
 
 RETRY_HELPS = {75, 128 + signal.SIGTERM, 128 + signal.SIGKILL}
 """InfraError, and commands that somebody or something stopped from outside: the next try continues from a checkpoint."""
@@ -50,7 +50,12 @@ class LocalProcess:
             self._process = subprocess.Popen(
                 argv,
                 cwd=ROOT,
-                env={**os.environ, **environment, "PYTHONUNBUFFERED": "1", "HLLM_TERMINATION_LOG": str(words)},
+                env={
+                    **os.environ,
+                    **environment,
+                    "PYTHONUNBUFFERED": "1",
+                    "HLLM_TERMINATION_LOG": str(words),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -79,7 +84,14 @@ class LocalStep(BaseOperator):
 
     ui_color = "#e8f0fe"
 
-    def __init__(self, *, command: Sequence[str], environment: Environment, on_result: Callable[[Context, str], None] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        command: Sequence[str],
+        environment: Environment,
+        on_result: Callable[[Context, str], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.command = list(command)
         self.environment = environment
@@ -113,6 +125,8 @@ RUNNERS: dict[str, type[LocalStep]] = {"local": LocalStep}
 """`runner.kind` -> the operator that runs one command."""
 
 
-def hllm_task(settings: Settings, task_id: str, command: Sequence[str], environment: Environment, **kwargs: Any) -> BaseOperator:
+def hllm_task(
+    settings: Settings, task_id: str, command: Sequence[str], environment: Environment, **kwargs: Any
+) -> BaseOperator:
     """The task for one command, by the runner that the settings chose."""
     return RUNNERS[settings.runner.kind](task_id=task_id, command=command, environment=environment, **kwargs)

@@ -1,4 +1,4 @@
-"""Which version serves: `promote` moves the alias `champion` forward, `rollback` back; `reject` keeps a no. All leave a trail.
+"""Which version serves: `promote` moves the alias `champion` forward, `rollback` back; both leave a trail.
 
 Order matters: everything is checked first, then the record is written, and the alias moves last. A process
 killed in between leaves the earlier champion serving, and the same command finishes the work.
@@ -19,6 +19,7 @@ from hllm.settings import Settings
 
 REPLACED_TAG = "replaced"
 CHANGE_TAG = "hllm.last_change"
+_ROLLED_BACK = ("rolled_back_by", "rolled_back_at", "rolled_back_note")
 
 
 def promote(
@@ -47,7 +48,7 @@ def promote(
     before = next((info for info in (last, named) if info and info.version != chosen.version), None)
     if before:
         audit[REPLACED_TAG] = str(before.version)
-    versions.set_tags(settings, chosen.version, audit)
+    versions.set_tags(settings, chosen.version, audit | dict.fromkeys(_ROLLED_BACK))
     _move(settings, chosen, before, "promoted", audit)
     _drop_candidate(settings, chosen)
     return versions.registered_version(settings, str(chosen.version))
@@ -94,46 +95,10 @@ def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: s
     left = next((info for info in (named, last) if info and info.version != target.version), None)
     audit = _audit("rolled back", by, note, "")
     if left:
-        rolled_back = {
-            "decision": "rolled back",
-            "rolled_back_by": audit["decided_by"],
-            "rolled_back_at": audit["decided_at"],
-            "rolled_back_note": note,
-        }
-        versions.set_tags(settings, left.version, rolled_back)
+        trail = dict(zip(_ROLLED_BACK, (audit["decided_by"], audit["decided_at"], note), strict=True))
+        versions.set_tags(settings, left.version, {"decision": "rolled back", **trail})
     _move(settings, target, left, "rolled back", audit)
     return versions.registered_version(settings, str(target.version))
-
-
-def reject(
-    settings: Settings, version: str | None = None, *, by: str = "", note: str = "", at: str = ""
-) -> VersionInfo:
-    """Keep a decision against a version with it. It stays registered, and stops being the candidate.
-
-    Raises:
-        GateError: the version serves; a champion is replaced or rolled back, not rejected.
-        ConfigError: there is no such version, or `at` is not a time.
-    """
-    chosen = versions.registered_version(settings, version)
-    audit = {
-        "decision": "rejected",
-        "decided_by": by or getpass.getuser(),
-        "decided_at": _moment(at),
-        "decision_note": note,
-    }
-    if _serves(chosen, versions.last_promoted(settings)):
-        raise GateError(
-            "is the champion, and cannot be rejected",
-            where=_name(chosen),
-            remedy="`hllm rollback` returns to an earlier version.",
-        )
-    versions.set_tags(settings, chosen.version, audit)
-    _drop_candidate(settings, chosen)
-    typer.echo(
-        f"reject: {_name(chosen)} rejected by {audit['decided_by']} at {audit['decided_at']}"
-        + (f": {note}" if note else "")
-    )
-    return versions.registered_version(settings, str(chosen.version))
 
 
 def _move(

@@ -30,7 +30,12 @@ def ids(column: pa.Array, where: str) -> pa.Array:
         column, kind = column.dictionary_decode(), kind.value_type
     if pa.types.is_string(kind):
         return column
-    if pa.types.is_integer(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or pa.types.is_string_view(kind):
+    if (
+        pa.types.is_integer(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_null(kind)
+        or pa.types.is_string_view(kind)
+    ):
         return column.cast(pa.string())
     if pa.types.is_floating(kind):
         values = column.to_pylist()
@@ -80,7 +85,11 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
             return _floor_divide(column.cast(pa.int64()), PER_SECOND[unit]), _nulls(column)
         except pa.ArrowInvalid:
             pass
-    return _each(column, _iso_seconds if unit == "iso" else lambda cell: _number_seconds(cell, PER_SECOND[unit]), pa.int64())
+    return _each(
+        column,
+        _iso_seconds if unit == "iso" else lambda cell: _number_seconds(cell, PER_SECOND[unit]),
+        pa.int64(),
+    )
 
 
 def labels(column: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
@@ -88,7 +97,9 @@ def labels(column: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
     kind = column.type
     if pa.types.is_boolean(kind):
         return column.cast(pa.int8()), _nulls(column)
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind) or _is_text(kind)):
+    if not (
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind) or _is_text(kind)
+    ):
         raise DataError(f"holds {kind}, not labels (0 or 1)", where=where)
     return _each(column, _label, pa.int8())
 
@@ -104,7 +115,13 @@ def texts(column: pa.Array, where: str) -> pa.Array:
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lists = column.to_pylist()
-        return pa.array([None if cells is None else ", ".join(str(cell) for cell in cells if cell is not None) for cells in lists], pa.string())
+        return pa.array(
+            [
+                None if cells is None else ", ".join(str(cell) for cell in cells if cell is not None)
+                for cells in lists
+            ],
+            pa.string(),
+        )
     if pa.types.is_floating(kind):  # a year with gaps is stored as 1995.0
         return pa.array([_float_id(value) for value in column.to_pylist()], pa.string())
     try:
@@ -129,7 +146,9 @@ def _floor_divide(column: pa.Array, by: int) -> pa.Array:
     return pc.subtract(quotient, pc.if_else(below, 1, 0)).cast(pa.int64())
 
 
-def _each(column: pa.Array, read: Callable[[object], float | None], kind: pa.DataType) -> tuple[pa.Array, pa.Array]:
+def _each(
+    column: pa.Array, read: Callable[[object], float | None], kind: pa.DataType
+) -> tuple[pa.Array, pa.Array]:
     values: list[float | None] = []
     raw: list[str | None] = []
     for cell in column.to_pylist():

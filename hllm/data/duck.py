@@ -18,8 +18,14 @@ def connect(scratch: Path, threads: int = 0) -> Iterator[duckdb.DuckDBPyConnecti
     """A database of its own: temporary tables that outgrow the memory limit go to `scratch`."""
     import duckdb
 
-    settings = {"memory_limit": MEMORY, "temp_directory": str(scratch / "duckdb"), "autoinstall_known_extensions": "false"}
-    connection = duckdb.connect(config=settings | ({"threads": str(threads)} if threads else {}))
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": MEMORY,
+        "temp_directory": str(scratch / "duckdb"),
+        "autoinstall_known_extensions": "false",
+    }
+    if threads:
+        settings["threads"] = threads
+    connection = duckdb.connect(config=settings)
     try:
         yield connection
     finally:

@@ -35,7 +35,12 @@ class Docs:
             self.context.delete_data_docs_site(name)
         store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder)}
         index = {"class_name": "DefaultSiteIndexBuilder"}
-        site = {"class_name": "SiteBuilder", "show_how_to_buttons": False, "store_backend": store, "site_index_builder": index}
+        site: Any = {
+            "class_name": "SiteBuilder",
+            "show_how_to_buttons": False,
+            "store_backend": store,
+            "site_index_builder": index,
+        }
         self.context.add_data_docs_site(site_name="validation", site_config=site)
         self.source = self.context.data_sources.add_pandas("tables")
 
@@ -45,7 +50,9 @@ class Docs:
 
         expectations = [rule.build() for rule in rules]
         with pa.parquet.ParquetFile(marked) as file:
-            expectations.append(gx.expectations.ExpectTableColumnsToMatchSet(column_set=file.schema_arrow.names))
+            expectations.append(
+                gx.expectations.ExpectTableColumnsToMatchSet(column_set=file.schema_arrow.names)
+            )
             definition = self._define(table, expectations)
             failed = Counter({rule.reason: 0 for rule in rules})
             for frame in _parts(file, batch_rows):
@@ -65,7 +72,12 @@ class Docs:
         frame = pd.DataFrame([{check["column"]: check["value"] for check in checks}])
         build = gx.expectations.ExpectColumnValuesToBeBetween
         expectations = [
-            build(column=check["column"], min_value=check["least"], max_value=check["most"], meta={"reason": check["name"]})
+            build(
+                column=check["column"],
+                min_value=check["least"],
+                max_value=check["most"],
+                meta={"reason": check["name"]},
+            )
             for check in checks
         ]
         definition = self._define("log", expectations)
@@ -97,7 +109,9 @@ class Docs:
 
         suite = self.context.suites.add(gx.ExpectationSuite(name=name, expectations=list(expectations)))
         batches = self.source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("rows")
-        return self.context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batches, suite=suite))
+        return self.context.validation_definitions.add(
+            gx.ValidationDefinition(name=name, data=batches, suite=suite)
+        )
 
     @staticmethod
     def _run(definition: Any, frame: pd.DataFrame) -> Any:

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 FETCH_ROWS = 1 << 18
 
 
-def number_and_sort(db: duckdb.DuckDBPyConnection, items: Path, interactions: Path, k_core: int) -> dict[str, int]:
+def number_and_sort(
+    db: duckdb.DuckDBPyConnection, items: Path, interactions: Path, k_core: int
+) -> dict[str, int]:
     """Tables `items` (item_index in catalogue order), `users` (user_index in order of first appearance) and `events`.
 
     Every item of the catalogue keeps its number, also without events: it can still be recommended.
     """
-    db.execute(f"CREATE TABLE items AS SELECT row::INTEGER AS item_index, item_id FROM {duck.numbered(items)}")  # noqa: S608
+    db.execute(
+        f"CREATE TABLE items AS SELECT row::INTEGER AS item_index, item_id FROM {duck.numbered(items)}"
+    )  # noqa: S608
     db.execute(
         f"""
         CREATE TABLE log AS
@@ -53,7 +57,9 @@ def _keep_core(db: duckdb.DuckDBPyConnection, k: int) -> None:
     before = -1
     while k > 1 and before != (before := _count(db, "log")):
         for column in ("user_id", "item_index"):
-            db.execute(f"DELETE FROM log WHERE {column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) < {int(k)})")  # noqa: S608
+            db.execute(
+                f"DELETE FROM log WHERE {column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) < {int(k)})"
+            )  # noqa: S608
 
 
 def write_events(db: duckdb.DuckDBPyConnection, output: Path, users: int, events: int) -> None:
@@ -67,7 +73,9 @@ def write_events(db: duckdb.DuckDBPyConnection, output: Path, users: int, events
             arrays[name][at : at + batch.num_rows] = batch.column(column).to_numpy(zero_copy_only=False)
         at += batch.num_rows
     offsets = create(output, "user_offsets", users + 1)
-    np.cumsum(db.execute("SELECT events FROM users ORDER BY user_index").fetchnumpy()["events"], out=offsets[1:])
+    np.cumsum(
+        db.execute("SELECT events FROM users ORDER BY user_index").fetchnumpy()["events"], out=offsets[1:]
+    )
     for array in (*arrays.values(), offsets):
         array.flush()
 
@@ -81,4 +89,4 @@ def create(output: Path, name: str, length: int) -> Any:
 
 
 def _count(db: duckdb.DuckDBPyConnection, table: str) -> int:
-    return int((db.execute(f"SELECT count(*) FROM {table}").fetchone() or (0,))[0])  # noqa: S608
+    return int(db.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0])  # noqa: S608

@@ -64,7 +64,11 @@ def write_interactions(source: Source, path: Path) -> int:
             rows += whole.num_rows
             readable += whole.num_rows - whole.column("timestamp").null_count
             if not readable and len(unreadable) < 3:
-                unreadable += [cell for cell in pc.unique(whole.column("timestamp_raw")).to_pylist()[:4] if cell is not None]
+                unreadable += [
+                    cell
+                    for cell in pc.unique(whole.column("timestamp_raw")).to_pylist()[:4]
+                    if cell is not None
+                ]
             progress.advance(whole.num_rows)
     if not readable:
         _refuse_times(source, rows, unreadable)

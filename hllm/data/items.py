@@ -41,7 +41,12 @@ def write_items(
         fields = text_columns(file.schema_arrow.names)
         others = [name for name in file.schema_arrow.names if name not in OURS]
         schema = pa.schema(
-            [("item_index", pa.int32()), ("item_id", pa.string()), ("text", pa.string()), ("title", pa.string())]
+            [
+                ("item_index", pa.int32()),
+                ("item_id", pa.string()),
+                ("text", pa.string()),
+                ("title", pa.string()),
+            ]
             + [("train_events", pa.int64()), *(file.schema_arrow.field(name) for name in others)]
         )
         with pa.parquet.ParquetWriter(output / "items.parquet", schema, compression="zstd") as writer:
@@ -58,18 +63,29 @@ def write_items(
                     "item_index": np.arange(first, len(lengths), dtype=np.int32),
                     "item_id": batch.column("item_id"),
                     "text": pa.array(texts, pa.string()),
-                    "title": pa.array([next(filter(None, item.values()), "") for item in values], pa.string()),
+                    "title": pa.array(
+                        [next(filter(None, item.values()), "") for item in values], pa.string()
+                    ),
                     "train_events": train_events[first : len(lengths)],
                 }
                 columns |= {name: batch.column(name) for name in others}
-                writer.write_batch(pa.record_batch([pa.array(columns[name], schema.field(name).type) for name in schema.names], schema=schema))
+                writer.write_batch(
+                    pa.record_batch(
+                        [pa.array(columns[name], schema.field(name).type) for name in schema.names],
+                        schema=schema,
+                    )
+                )
     _write_tokens(scratch / "tokens.bin", output, lengths)
     return {"tokens": sum(lengths), "longest_item_tokens": max(lengths), "truncated_items": truncated}
 
 
 def join(fields: Mapping[str, str], settings: Prepare) -> str:
     """The fields that hold something, each in the template, with the separator between them."""
-    written = (settings.field_template.replace("{name}", name).replace("{value}", value) for name, value in fields.items() if value)
+    written = (
+        settings.field_template.replace("{name}", name).replace("{value}", value)
+        for name, value in fields.items()
+        if value
+    )
     return settings.field_separator.join(written)
 
 

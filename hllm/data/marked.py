@@ -22,7 +22,10 @@ NO_ID = ("nan", "NaN", "NaT", "<NA>", "None", "null", "NULL")
 def mark_items(db: duckdb.DuckDBPyConnection, raw: Path, marked: Path, rules: Sequence[Rule]) -> None:
     names = pa.parquet.read_schema(raw).names
     # What the eye does not see is no text: white space, control characters, marks that only format.
-    visible = [f"length(regexp_replace(coalesce({duck.name(name)}, ''), '[\\p{{Z}}\\p{{C}}]+', '', 'g'))" for name in text_columns(names)]
+    visible = [
+        f"length(regexp_replace(coalesce({duck.name(name)}, ''), '[\\p{{Z}}\\p{{C}}]+', '', 'g'))"
+        for name in text_columns(names)
+    ]
     lengths = [f"length(coalesce({duck.name(name)}, ''))" for name in text_columns(names)]
     unreadable = "created_at_raw IS NOT NULL" if "created_at_raw" in names else "false"
     columns = f"""
@@ -34,7 +37,9 @@ def mark_items(db: duckdb.DuckDBPyConnection, raw: Path, marked: Path, rules: Se
     _write(db, f"SELECT {columns} FROM {duck.numbered(raw)}", "item_id", marked, rules)
 
 
-def mark_interactions(db: duckdb.DuckDBPyConnection, raw: Path, items: Path, marked: Path, rules: Sequence[Rule]) -> None:
+def mark_interactions(
+    db: duckdb.DuckDBPyConnection, raw: Path, items: Path, marked: Path, rules: Sequence[Rule]
+) -> None:
     """`items` is the marked catalogue."""
     catalogue = f"SELECT item_id, bool_or(reason IS NULL) AS valid FROM {duck.parquet(items)} WHERE item_id IS NOT NULL GROUP BY item_id"  # noqa: S608
     query = f"""
@@ -52,7 +57,9 @@ def mark_interactions(db: duckdb.DuckDBPyConnection, raw: Path, items: Path, mar
     _write(db, query, "user_id, item_id, timestamp", marked, rules)
 
 
-def _write(db: duckdb.DuckDBPyConnection, view: str, unique: str, marked: Path, rules: Sequence[Rule]) -> None:
+def _write(
+    db: duckdb.DuckDBPyConnection, view: str, unique: str, marked: Path, rules: Sequence[Rule]
+) -> None:
     """Add `repeats` (a later one among the otherwise good rows with the same `unique` columns) and `reason`."""
     single = [rule for rule in rules if rule.bad != "repeats"]
     reason = "CASE " + " ".join(f"WHEN {rule.bad} THEN {duck.text(rule.reason)}" for rule in single) + " END"

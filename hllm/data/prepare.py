@@ -16,12 +16,16 @@ def prepare(context: Context) -> None:
     clear(context.output)
     settings, source, output = context.settings.prepare, context.inputs["validate"], context.output
     with duck.connect(context.work, context.settings.run.threads) as db:
-        counts = number_and_sort(db, source / "items.parquet", source / "interactions.parquet", settings.k_core)
+        counts = number_and_sort(
+            db, source / "items.parquet", source / "interactions.parquet", settings.k_core
+        )
         if not counts["events"]:
             raise DataError(
                 "no events are left",
                 where="prepare",
-                remedy=f"prepare.k_core = {settings.k_core} drops every user and item." if settings.k_core else "",
+                remedy=f"prepare.k_core = {settings.k_core} drops every user and item."
+                if settings.k_core
+                else "",
             )
         write_events(db, output, counts["users"], counts["events"])
         held_out = write_splits(db, output, settings)

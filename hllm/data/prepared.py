@@ -49,7 +49,10 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
-        return cls(folder, **{name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS})
+        return cls(
+            folder,
+            **{name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS},
+        )
 
     @property
     def users(self) -> int:
@@ -77,7 +80,11 @@ class Prepared:
     def held_out(self, part: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(user index, absolute event position) of every held-out event of `valid` or `test`; an event's
         history is everything of that user before it."""
-        starts, ends = (self.train_ends, self.valid_ends) if part == "valid" else (self.valid_ends, self.user_offsets[1:])
+        starts, ends = (
+            (self.train_ends, self.valid_ends)
+            if part == "valid"
+            else (self.valid_ends, self.user_offsets[1:])
+        )
         counts = ends - starts
         users = np.repeat(np.arange(self.users), counts)
         first = np.repeat(np.cumsum(counts) - counts, counts)

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ENDINGS = {"movielens": (".inter", ".item"), "amazon": (".inter.json", ".item.json")}
-MOVIELENS_TEXTS = {"title": "movie_title:token_seq", "year": "release_year:token", "genres": "class:token_seq"}
+MOVIELENS_TEXTS = {
+    "title": "movie_title:token_seq",
+    "year": "release_year:token",
+    "genres": "class:token_seq",
+}
 
 
 def source_fingerprints(data: Data) -> dict[str, str]:
@@ -43,11 +47,14 @@ def locations(data: Data) -> tuple[str, str]:
     if data.source == "table":
         for name in ("interactions", "items"):
             if not getattr(data, name):
-                raise ConfigError(f"data.{name} is not set, and data.source is \"table\"", remedy=f"Set data.{name} to a .parquet or .csv file.")
+                raise ConfigError(
+                    f'data.{name} is not set, and data.source is "table"',
+                    remedy=f"Set data.{name} to a .parquet or .csv file.",
+                )
         return data.interactions, data.items
     folder = data.path or (_movielens_in_recbole() if data.source == "movielens" else "")
     if not folder:
-        raise ConfigError(f"data.path is not set, and data.source is \"{data.source}\"")
+        raise ConfigError(f'data.path is not set, and data.source is "{data.source}"')
     files = list_objects(folder.rstrip("/") + "/") if is_s3(folder) else _files(Path(folder))
     found = []
     for ending in ENDINGS[data.source]:
@@ -92,11 +99,15 @@ class Source:
 
     @property
     def has_times(self) -> bool:
-        return self.data.source != "amazon" and not (self.data.source == "table" and not self.data.columns.timestamp)
+        return self.data.source != "amazon" and not (
+            self.data.source == "table" and not self.data.columns.timestamp
+        )
 
     def items(self) -> Iterator[pa.RecordBatch]:
         """item_id, one string column per text, then `created_at` and `created_at_raw` where the source has it."""
-        return {"movielens": _movielens_items, "amazon": _amazon_items, "table": _table_items}[self.data.source](self)
+        return {"movielens": _movielens_items, "amazon": _amazon_items, "table": _table_items}[
+            self.data.source
+        ](self)
 
     def interactions(self) -> Iterator[pa.RecordBatch]:
         """user_id, item_id, timestamp, label, event and the raw text of cells that could not be read."""
@@ -132,7 +143,11 @@ def _table_items(source: Source) -> Iterator[pa.RecordBatch]:
         for text in columns.texts:
             found[text] = cells.texts(batch.column(text), f"{where}, column {text}")
         if columns.created_at:
-            times = cells.seconds(batch.column(columns.created_at), source.data.timestamp_unit, f"{where}, column {columns.created_at}")
+            times = cells.seconds(
+                batch.column(columns.created_at),
+                source.data.timestamp_unit,
+                f"{where}, column {columns.created_at}",
+            )
             found["created_at"], found["created_at_raw"] = times
         yield _batch(found)
 
@@ -153,12 +168,18 @@ def _table_events(source: Source) -> Iterator[pa.RecordBatch]:
     for batch in read_table(source.interactions_path, wanted, data.batch_rows, where):
         found = {"user_id": read_users(batch, columns.user_id), "item_id": read_items(batch, columns.item_id)}
         if columns.timestamp:
-            times = cells.seconds(batch.column(columns.timestamp), data.timestamp_unit, f"{where}, column {columns.timestamp}")
+            times = cells.seconds(
+                batch.column(columns.timestamp), data.timestamp_unit, f"{where}, column {columns.timestamp}"
+            )
             found["timestamp"], found["timestamp_raw"] = times
         else:
-            found["timestamp"] = pa.array(np.arange(rows, rows + batch.num_rows, dtype=np.int64) + data.order_starts)
+            found["timestamp"] = pa.array(
+                np.arange(rows, rows + batch.num_rows, dtype=np.int64) + data.order_starts
+            )
         if columns.label:
-            found["label"], found["label_raw"] = cells.labels(batch.column(columns.label), f"{where}, column {columns.label}")
+            found["label"], found["label_raw"] = cells.labels(
+                batch.column(columns.label), f"{where}, column {columns.label}"
+            )
         if columns.event:
             found["event"] = cells.texts(batch.column(columns.event), f"{where}, column {columns.event}")
         rows += batch.num_rows
@@ -186,7 +207,9 @@ def _refuse_reserved(columns: Columns) -> None:
 
     for text in columns.texts:
         if text in RESERVED:
-            raise ConfigError(f"data.columns.texts: {text!r} is a name of ours; rename the column in the items file")
+            raise ConfigError(
+                f"data.columns.texts: {text!r} is a name of ours; rename the column in the items file"
+            )
 
 
 # ---- movielens ----
@@ -209,7 +232,9 @@ def _movielens_events(source: Source) -> Iterator[pa.RecordBatch]:
     for batch in _atomic(source, source.interactions_path, where, wanted):
         times, times_raw = cells.seconds(batch.column("timestamp:float"), "s", where)
         ratings, ratings_raw = cells.numbers(batch.column("rating:float"))
-        positive = [None if rating is None else int(rating >= source.data.positive_rating) for rating in ratings]
+        positive = [
+            None if rating is None else int(rating >= source.data.positive_rating) for rating in ratings
+        ]
         yield _batch(
             {
                 "user_id": batch.column("user_id:token"),
@@ -240,9 +265,13 @@ def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
     catalogue = _json_object(source.items_path, source.items_at, dict)
     fields = list(dict.fromkeys(field for item in catalogue.values() for field in item))
     if taken := [field for field in fields if field in RESERVED]:
-        raise DataError(f"has a field {taken[0]!r}, which is a name of ours; rename it", where=source.items_at)
+        raise DataError(
+            f"has a field {taken[0]!r}, which is a name of ours; rename it", where=source.items_at
+        )
     for part in _parts(list(catalogue.items()), source.data.batch_rows):
-        texts = {field: pa.array([_plain(item.get(field)) for _, item in part], pa.string()) for field in fields}
+        texts = {
+            field: pa.array([_plain(item.get(field)) for _, item in part], pa.string()) for field in fields
+        }
         yield _batch({"item_id": pa.array([item for item, _ in part], pa.string()), **texts})
 
 
@@ -268,14 +297,21 @@ def _json_object(path: Path, where: str, of: type) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError("no such file", where=where) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}", where=where) from None
+        raise DataError(
+            f"is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}", where=where
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(f"is not JSON: {error}", where=where, remedy="Is the file complete?") from None
     if not isinstance(found, dict):
         raise DataError(f"holds a JSON {type(found).__name__}, not an object", where=where)
     wrong = [key for key, value in found.items() if not isinstance(value, of)]
     if wrong:
-        raise DataError(f"has values that are not a JSON {'object' if of is dict else 'array'}", where=where, count=(len(wrong), len(found)), examples=wrong)
+        raise DataError(
+            f"has values that are not a JSON {'object' if of is dict else 'array'}",
+            where=where,
+            count=(len(wrong), len(found)),
+            examples=wrong,
+        )
     return found
 
 

@@ -38,7 +38,9 @@ RESERVED = {"item_id", "item_index", "created_at", "created_at_raw", "train_even
 
 def interactions_schema() -> pa.Schema:
     """Of the ingested log: canonical columns, and what stood in cells that could not be read."""
-    return INTERACTIONS.append(pa.field("timestamp_raw", pa.string())).append(pa.field("label_raw", pa.string()))
+    return INTERACTIONS.append(pa.field("timestamp_raw", pa.string())).append(
+        pa.field("label_raw", pa.string())
+    )
 
 
 def items_schema(names: list[str]) -> pa.Schema:
@@ -53,7 +55,9 @@ def text_columns(names: list[str]) -> list[str]:
 def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """The batch with exactly the schema's columns; a column that the source lacks is null."""
     columns = [
-        batch.column(field.name).cast(field.type) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
+        batch.column(field.name).cast(field.type)
+        if field.name in batch.schema.names
+        else pa.nulls(batch.num_rows, field.type)
         for field in schema
     ]
     return pa.record_batch(columns, schema=schema)
@@ -86,12 +90,17 @@ class Rule:
         import great_expectations as gx
 
         kind = getattr(gx.expectations, self.expectation)
-        return kind(column=self.column, mostly=1.0 - self.limit, meta={"reason": self.reason}, **self.arguments)
+        return kind(
+            column=self.column, mostly=1.0 - self.limit, meta={"reason": self.reason}, **self.arguments
+        )
 
 
 def item_rules(validation: Validation) -> list[Rule]:
     """In the order in which a row's reason is chosen."""
-    default, unique = (validation.max_quarantined, "validation.max_quarantined"), (validation.max_duplicates, "validation.max_duplicates")
+    default, unique = (
+        (validation.max_quarantined, "validation.max_quarantined"),
+        (validation.max_duplicates, "validation.max_duplicates"),
+    )
     empty = (validation.max_empty_texts, "validation.max_empty_texts")
     return [
         Rule("items", "missing_item_id", "item_id", "item_id IS NULL", "have no item id", "ExpectColumnValuesToNotBeNull", {}, *default, example="row"),
@@ -109,7 +118,10 @@ def item_rules(validation: Validation) -> list[Rule]:
 
 def interaction_rules(validation: Validation, now: datetime) -> list[Rule]:
     """In the order in which a row's reason is chosen."""
-    default, unique = (validation.max_quarantined, "validation.max_quarantined"), (validation.max_duplicates, "validation.max_duplicates")
+    default, unique = (
+        (validation.max_quarantined, "validation.max_quarantined"),
+        (validation.max_duplicates, "validation.max_duplicates"),
+    )
     unknown = (validation.max_unknown_items, "validation.max_unknown_items")
     earliest, latest = window(validation, now)
     table = "interactions"
@@ -138,6 +150,9 @@ def window(validation: Validation, now: datetime) -> tuple[int, int]:
     try:
         earliest = datetime.fromisoformat(validation.not_before)
     except ValueError:
-        raise ConfigError(f"validation.not_before: not a day, got {validation.not_before!r}", remedy="Write it as 1990-01-31.") from None
+        raise ConfigError(
+            f"validation.not_before: not a day, got {validation.not_before!r}",
+            remedy="Write it as 1990-01-31.",
+        ) from None
     earliest = earliest if earliest.tzinfo else earliest.replace(tzinfo=UTC)
     return int(earliest.timestamp()), int((now + timedelta(hours=validation.max_future_hours)).timestamp())

@@ -62,7 +62,9 @@ def _train_counts(db: duckdb.DuckDBPyConnection, settings: Prepare) -> dict[str,
     """Per user: events that train, events that train or validate. Per item: events that train."""
     if settings.split == "leave_one_out":
         held = f"if(events >= {LEAST_EVENTS}, 1, 0)"
-        counts = db.execute(f"SELECT events - 2 * {held} AS trained, events - {held} AS validated FROM users ORDER BY user_index")  # noqa: S608
+        counts = db.execute(
+            f"SELECT events - 2 * {held} AS trained, events - {held} AS validated FROM users ORDER BY user_index"
+        )  # noqa: S608
         per_user = counts.fetchnumpy()
         trains = f"""
             SELECT item_index FROM (
@@ -86,7 +88,8 @@ def _train_counts(db: duckdb.DuckDBPyConnection, settings: Prepare) -> dict[str,
         ORDER BY item_index
         """  # noqa: S608
     ).fetchnumpy()
-    return {"trained": per_user["trained"], "validated": per_user["validated"], "by_item": by_item["n"]}
+    found = {"trained": per_user["trained"], "validated": per_user["validated"], "by_item": by_item["n"]}
+    return {name: np.asarray(counts, np.int64) for name, counts in found.items()}
 
 
 def _days(settings: Prepare) -> tuple[int, int]:
@@ -103,7 +106,8 @@ def _seconds(name: str, day: str) -> int:
         moment = datetime.fromisoformat(day)
     except ValueError:
         raise ConfigError(
-            f'prepare.{name}: prepare.split = "temporal" needs a day, got {day!r}', remedy="Write it as 1998-03-01."
+            f'prepare.{name}: prepare.split = "temporal" needs a day, got {day!r}',
+            remedy="Write it as 1998-03-01.",
         ) from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 

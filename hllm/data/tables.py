@@ -22,7 +22,9 @@ BLOCK_BYTES = 4 << 20
 """Delimited text is parsed this much at a time; no row may be longer."""
 
 
-def read_table(path: Path, wanted: Mapping[str, str], batch_rows: int, name: str = "") -> Iterator[pa.RecordBatch]:
+def read_table(
+    path: Path, wanted: Mapping[str, str], batch_rows: int, name: str = ""
+) -> Iterator[pa.RecordBatch]:
     """Batches with the `wanted` columns only (column -> the setting that names it), in the file's order.
 
     Raises:
@@ -64,7 +66,9 @@ def read_delimited(
             yield from _slices(batch, batch_rows)
 
 
-def _open(path: Path, parse: pa.csv.ParseOptions, convert: pa.csv.ConvertOptions) -> pa.csv.CSVStreamingReader:
+def _open(
+    path: Path, parse: pa.csv.ParseOptions, convert: pa.csv.ConvertOptions
+) -> pa.csv.CSVStreamingReader:
     # One thread: the row number in a parse error is only known then.
     read = pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
     return pa.csv.open_csv(str(path), read_options=read, parse_options=parse, convert_options=convert)
@@ -89,7 +93,8 @@ def _require(wanted: Mapping[str, str], names: list[str], name: str) -> None:
         if column not in names:
             near = difflib.get_close_matches(column, names, n=3, cutoff=0.5)
             raise DataError(
-                f"has no column {column!r}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else ""),
+                f"has no column {column!r}."
+                + (f" Did you mean {' or '.join(map(repr, near))}?" if near else ""),
                 where=name,
                 remedy=f"{f'Set {setting}. ' if setting else ''}Its columns: {', '.join(names[:30])}.",
             )
@@ -105,7 +110,9 @@ class _readable:
         return None
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if not isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError) or isinstance(error, DataError):
+        if not isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError) or isinstance(
+            error, DataError
+        ):
             return
         message = " ".join(str(error).split())
         if self.kind != "Parquet":

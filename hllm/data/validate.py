@@ -76,7 +76,13 @@ def validate(context: Context) -> None:
     with duck.connect(context.work, context.settings.run.threads) as db:
         marked = {table: context.work / f"{table}_marked.parquet" for table in rules}
         mark_items(db, source / "items.parquet", marked["items"], rules["items"])
-        mark_interactions(db, source / "interactions.parquet", marked["items"], marked["interactions"], rules["interactions"])
+        mark_interactions(
+            db,
+            source / "interactions.parquet",
+            marked["items"],
+            marked["interactions"],
+            rules["interactions"],
+        )
         findings = []
         docs = Docs(context.output / "data_docs")
         for table, its_rules in rules.items():
@@ -89,7 +95,9 @@ def validate(context: Context) -> None:
     docs.build()
     context.rows["quarantined"] = sum(finding.quarantined for finding in findings)
     context.facts |= {"run": context.settings.run.name, **log}
-    context.facts["quarantined"] = {f"{f.rule.table}_{f.rule.reason}": f.quarantined for f in findings if f.quarantined}
+    context.facts["quarantined"] = {
+        f"{f.rule.table}_{f.rule.reason}": f.quarantined for f in findings if f.quarantined
+    }
     report = [finding.as_json() for finding in findings] + complaints
     write_atomically(context.output / "validation.json", json.dumps(report, indent=1).encode())
     _judge(findings, complaints, context)
@@ -101,7 +109,11 @@ def _split(
     """Write the valid rows and one quarantine file per reason, all in the file's order; returns rows per reason."""
     names = pa.parquet.read_schema(raw).names
     canonical = INTERACTIONS.names if table == "interactions" else [name for name in names if name not in RAW]
-    counts = dict(db.execute(f"SELECT reason, count(*) FROM {duck.parquet(marked)} WHERE reason IS NOT NULL GROUP BY reason").fetchall())  # noqa: S608
+    counts = dict(
+        db.execute(
+            f"SELECT reason, count(*) FROM {duck.parquet(marked)} WHERE reason IS NOT NULL GROUP BY reason"
+        ).fetchall()
+    )  # noqa: S608
     joined = f"{duck.numbered(raw)} AS raw JOIN {duck.parquet(marked)} AS marked USING (row)"
     valid = ", ".join(f"raw.{duck.name(name)}" for name in canonical)
     _copy(db, f"SELECT {valid} FROM {joined} WHERE reason IS NULL ORDER BY row", output / f"{table}.parquet")
@@ -134,7 +146,9 @@ def _findings(
             shown = f"SELECT DISTINCT ON (example) {_example(rule)} AS example, row FROM {duck.numbered(raw)} AS raw JOIN {duck.parquet(marked)} AS marked USING (row) WHERE marked.reason = {duck.text(rule.reason)}"  # noqa: S608
             query = f"SELECT example FROM ({shown} ORDER BY example, row) ORDER BY row LIMIT 3"  # noqa: S608
             examples = [row[0] for row in db.execute(query).fetchall()]
-        found.append(Finding(rule, failed[rule.reason], total, quarantined.get(rule.reason, 0), tuple(examples)))
+        found.append(
+            Finding(rule, failed[rule.reason], total, quarantined.get(rule.reason, 0), tuple(examples))
+        )
     return found
 
 
@@ -148,24 +162,38 @@ def _example(rule: Rule) -> str:
     return f"raw.{duck.name(rule.example)}"
 
 
-def _log_facts(db: duckdb.DuckDBPyConnection, context: Context, source: Path, now: datetime) -> dict[str, Any]:
+def _log_facts(
+    db: duckdb.DuckDBPyConnection, context: Context, source: Path, now: datetime
+) -> dict[str, Any]:
     """The log as a whole, beside the previous run of the same name."""
-    query = "SELECT count(*), count(DISTINCT user_id), count(DISTINCT item_id), min(timestamp), max(timestamp)"
+    query = "SELECT count(DISTINCT user_id), count(DISTINCT item_id), min(timestamp), max(timestamp)"
     valid = context.output / "interactions.parquet"
-    rows, users, items, oldest, newest = db.execute(f"{query} FROM {duck.parquet(valid)}").fetchone() or (0, 0, 0, None, None)
+    ((users, items, oldest, newest),) = db.execute(f"{query} FROM {duck.parquet(valid)}").fetchall()
     rows_read = pa.parquet.read_metadata(source / "interactions.parquet").num_rows
-    found = {"rows_read": rows_read, "users": users, "items_with_events": items, "oldest": oldest, "newest": newest}
+    found = {
+        "rows_read": rows_read,
+        "users": users,
+        "items_with_events": items,
+        "oldest": oldest,
+        "newest": newest,
+    }
     found["days_old"] = (now.timestamp() - newest) / 86_400 if newest is not None else None
     previous = _previous(context)
     if previous:
-        found["previous_key"], found["previous_rows"], found["previous_newest"] = previous.key, previous.facts["rows_read"], previous.facts["newest"]
+        found["previous_key"], found["previous_rows"], found["previous_newest"] = (
+            previous.key,
+            previous.facts["rows_read"],
+            previous.facts["newest"],
+        )
     return found
 
 
 def _previous(context: Context) -> Manifest | None:
     """The newest finished validation of the same run name, other than this one."""
     name = context.settings.run.name
-    before = [m for m in context.store.finished("validate") if m.key != context.key and m.facts.get("run") == name]
+    before = [
+        m for m in context.store.finished("validate") if m.key != context.key and m.facts.get("run") == name
+    ]
     return before[-1] if before else None
 
 
@@ -179,7 +207,11 @@ def _judge(findings: Sequence[Finding], complaints: Sequence[Mapping[str, Any]],
         worst = max(too_many, key=lambda finding: finding.share / max(finding.rule.limit, 1e-9))
         rule = worst.rule
         file = context.output / "quarantine" / f"{rule.table}_{rule.reason}.parquet"
-        where = f"They are in {file}." if worst.quarantined else "Each of them is in quarantine under an earlier reason."
+        where = (
+            f"They are in {file}."
+            if worst.quarantined
+            else "Each of them is in quarantine under an earlier reason."
+        )
         others = [f"{other.failed:,} {other.rule.says}" for other in too_many if other is not worst]
         raise DataError(
             f"{worst.failed:,} of {worst.total:,} rows {rule.says}",
@@ -196,9 +228,20 @@ def _judge(findings: Sequence[Finding], complaints: Sequence[Mapping[str, Any]],
 def _hint(finding: Finding, context: Context) -> str:
     unit = context.settings.data.timestamp_unit
     times = [value for value in finding.examples if isinstance(value, int)]
-    if finding.rule.reason == "future_timestamp" and times and finding.share > 0.5 and min(times) > MILLISECONDS_SINCE:
+    if (
+        finding.rule.reason == "future_timestamp"
+        and times
+        and finding.share > 0.5
+        and min(times) > MILLISECONDS_SINCE
+    ):
         micro = min(times) > MILLISECONDS_SINCE * 1000
         return f'These look like {"microseconds" if micro else "milliseconds"}: set data.timestamp_unit = "{"us" if micro else "ms"}".'
-    if finding.rule.reason == "early_timestamp" and finding.share > 0.5 and unit in ("ms", "us") and times and min(times) >= 0:
+    if (
+        finding.rule.reason == "early_timestamp"
+        and finding.share > 0.5
+        and unit in ("ms", "us")
+        and times
+        and min(times) >= 0
+    ):
         return f'Are they seconds? data.timestamp_unit is "{unit}".'
     return finding.rule.remedy

@@ -9,12 +9,18 @@ from hllm.data.windows import cut_windows
 
 
 @given(st.lists(st.integers(0, 40), max_size=20), st.integers(1, 12), st.integers(0, 3))
-def test_every_event_but_each_users_first_is_a_target_exactly_once(sizes: list[int], length: int, gap: int) -> None:
+def test_every_event_but_each_users_first_is_a_target_exactly_once(
+    sizes: list[int], length: int, gap: int
+) -> None:
     starts = np.cumsum([0] + [size + gap for size in sizes])[:-1]
     ends = starts + np.array(sizes, dtype=np.int64)
     window_starts, window_ends = cut_windows(starts, ends, length)
 
-    targets = [event for start, end in zip(window_starts, window_ends, strict=True) for event in range(start + 1, end)]
+    targets = [
+        event
+        for start, end in zip(window_starts, window_ends, strict=True)
+        for event in range(start + 1, end)
+    ]
     expected = [event for start, end in zip(starts, ends, strict=True) for event in range(start + 1, end)]
     assert targets == expected
 

@@ -1,0 +1,107 @@
+"""Fixtures that every part of the tests uses."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hllm.settings import Settings
+from tests import world
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> world.TinySource:
+    """A catalogue (Parquet) and a log (CSV) on disk; see `tests.world`."""
+    return world.write_tiny_source(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny_settings(tmp_path: Path, tiny_source: world.TinySource) -> Callable[..., Settings]:
+    """`tiny_settings(**{"run.seed": 3})`, or `tiny_settings(folder, **sets)`: everything under `tmp_path`."""
+
+    def build(folder: Path = tmp_path, **sets: Any) -> Settings:
+        return world.tiny_settings(folder, tiny_source, **sets)
+
+    return build
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server; a folder in `folder` is a bucket."""
+
+    endpoint: str
+    folder: Path
+
+    def bucket(self, name: str) -> str:
+        (self.folder / name).mkdir(exist_ok=True)
+        return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """rclone serves a folder as S3 on loopback."""
+    rclone = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
+    folder = tmp_path_factory.mktemp("s3")
+    port = free_port()
+    command = [rclone, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}"]
+    command += [
+        "--auth-key",
+        "hllm-test,hllm-test-secret",
+        "--vfs-cache-mode",
+        "off",
+        "--config",
+        "/dev/null",
+    ]
+    with (folder.parent / "rclone.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/", process, folder.parent / "rclone.log")
+        yield S3(f"http://127.0.0.1:{port}", folder)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
+    """The S3 server, with this process's (and its children's) AWS settings pointing at it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "hllm-test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hllm-test-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # a fresh local cache: what is read has come from S3
+    return s3_server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(url, timeout=1)
+            return
+        except urllib.error.HTTPError:
+            return  # it answers; anonymous access is refused
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError(f"the S3 server did not start: {log.read_text()[-500:]}")

@@ -1,7 +1,7 @@
 """What a cell means: ids, times, labels and texts out of whatever type a file stores them in.
 
-A cell that cannot be read becomes null and its original text is kept beside it (`timestamp_raw`, `label_raw`):
-the validation step quarantines the row, with what stood there.
+A cell that cannot be read becomes null and its text is kept beside it (`timestamp_raw`, `label_raw`): the
+validation step quarantines the row, with what stood there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLOAT_ID = re.compile(r"-?\d+\.0")
 
 
 def ids(column: pa.Array, where: str) -> pa.Array:
-    """Ids are strings. The number 1 is "1", and so is 1.0, which is how a column of integers with gaps is stored."""
+    """Ids are strings. The number 1 is "1", and so is 1.0: integers with gaps are often stored as floats."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.dictionary_decode(), kind.value_type
@@ -93,7 +93,7 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
 
 
 def labels(column: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
-    """(labels as small integers, the text of cells that are none); an empty cell is an event without a label."""
+    """(labels as small integers, the text of cells that are none); an empty cell is no label."""
     kind = column.type
     if pa.types.is_boolean(kind):
         return column.cast(pa.int8()), _nulls(column)

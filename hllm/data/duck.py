@@ -49,4 +49,5 @@ def parquet(path: Path) -> str:
 
 def numbered(path: Path) -> str:
     """A Parquet file as a table, with each row's place in the file as `row`."""
-    return f"(SELECT * EXCLUDE (file_row_number), file_row_number AS row FROM read_parquet({text(path)}, file_row_number = true))"  # noqa: S608
+    rows = f"read_parquet({text(path)}, file_row_number = true)"
+    return f"(SELECT * EXCLUDE (file_row_number), file_row_number AS row FROM {rows})"

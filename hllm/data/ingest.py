@@ -1,7 +1,7 @@
 """`hllm ingest`: whatever the source looks like, two canonical tables.
 
-Structure fails here (no such column, a file that is cut off, a column that holds no times at all). Single bad rows
-travel on: the validation step puts them in quarantine, with what stood in the cell.
+Structure fails here (no such column, a file that is cut off, a column that holds no times at all). Single bad
+rows travel on: the validation step puts them in quarantine, with what stood in the cell.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def ingest(context: Context) -> None:
     context.rows["interactions"] = write_interactions(source, context.output / "interactions.parquet")
     context.facts["source"] = {"interactions": source.interactions_at, "items": source.items_at}
     if not source.has_times:
-        context.facts["times"] = (
-            f"made from the order of events: the n-th counts as second {source.data.order_starts} + n (data.order_starts)"
-        )
+        first = f"second {source.data.order_starts} + n (data.order_starts)"
+        context.facts["times"] = f"made from the order of events: the n-th counts as {first}"
         print(f"ingest: the source has no times; they are {context.facts['times']}", file=sys.stderr)
 
 
@@ -64,11 +63,7 @@ def write_interactions(source: Source, path: Path) -> int:
             rows += whole.num_rows
             readable += whole.num_rows - whole.column("timestamp").null_count
             if not readable and len(unreadable) < 3:
-                unreadable += [
-                    cell
-                    for cell in pc.unique(whole.column("timestamp_raw")).to_pylist()[:4]
-                    if cell is not None
-                ]
+                unreadable += pc.unique(whole.column("timestamp_raw").drop_null()).to_pylist()[:3]
             progress.advance(whole.num_rows)
     if not readable:
         _refuse_times(source, rows, unreadable)
@@ -77,19 +72,15 @@ def write_interactions(source: Source, path: Path) -> int:
 
 def _refuse_times(source: Source, rows: int, unreadable: list[str]) -> None:
     data = source.data
-    column = f"{source.interactions_at}, column {data.columns.timestamp if data.source == 'table' else 'timestamp'}"
-    if not unreadable:
-        raise DataError("has no timestamp in any row", where=column, count=(rows, rows))
-    iso = data.timestamp_unit != "iso" and any(mark in unreadable[0] for mark in "-:/T")
-    raise DataError(
-        "holds no timestamp that can be read in any row",
-        where=column,
-        count=(rows, rows),
-        examples=unreadable,
-        remedy='These look like dates: set data.timestamp_unit = "iso".'
-        if iso
-        else f'data.timestamp_unit is "{data.timestamp_unit}"; is the right column named in data.columns.timestamp?',
+    name = data.columns.timestamp if data.source == "table" else "timestamp"
+    remedy = (
+        f'data.timestamp_unit is "{data.timestamp_unit}". Does data.columns.timestamp name the right column?'
     )
+    if data.timestamp_unit != "iso" and unreadable and any(mark in unreadable[0] for mark in "-:/T"):
+        remedy = 'These look like dates: set data.timestamp_unit = "iso".'
+    what = "holds no timestamp that can be read in any row"
+    where = f"{source.interactions_at}, column {name}"
+    raise DataError(what, where=where, count=(rows, rows), examples=unreadable, remedy=remedy)
 
 
 def _first(batches: Iterator[pa.RecordBatch], where: str) -> pa.RecordBatch:

@@ -46,8 +46,9 @@ def write_items(
                 ("item_id", pa.string()),
                 ("text", pa.string()),
                 ("title", pa.string()),
+                ("train_events", pa.int64()),
+                *(file.schema_arrow.field(name) for name in others),
             ]
-            + [("train_events", pa.int64()), *(file.schema_arrow.field(name) for name in others)]
         )
         with pa.parquet.ParquetWriter(output / "items.parquet", schema, compression="zstd") as writer:
             for batch in file.iter_batches(batch_size=min(batch_rows, 4096)):
@@ -105,7 +106,7 @@ def _require_room_for_text(encode: Any, settings: Prepare) -> None:
     (prompt,) = encode([settings.prompt]) if settings.prompt else ([],)
     if len(prompt) >= settings.max_tokens:
         raise ConfigError(
-            f"prepare.prompt takes {len(prompt)} tokens, prepare.max_tokens keeps {settings.max_tokens}: no token of any item is left",
+            f"prepare.prompt takes {len(prompt)} of the {settings.max_tokens} tokens kept: no item text is left",
             remedy="Shorten prepare.prompt or raise prepare.max_tokens.",
         )
 

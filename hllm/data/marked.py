@@ -41,7 +41,10 @@ def mark_interactions(
     db: duckdb.DuckDBPyConnection, raw: Path, items: Path, marked: Path, rules: Sequence[Rule]
 ) -> None:
     """`items` is the marked catalogue."""
-    catalogue = f"SELECT item_id, bool_or(reason IS NULL) AS valid FROM {duck.parquet(items)} WHERE item_id IS NOT NULL GROUP BY item_id"  # noqa: S608
+    catalogue = f"""
+        SELECT item_id, bool_or(reason IS NULL) AS valid FROM {duck.parquet(items)}
+        WHERE item_id IS NOT NULL GROUP BY item_id
+    """
     query = f"""
         SELECT log.*, CASE
             WHEN log.item_id IS NULL THEN NULL
@@ -53,14 +56,14 @@ def mark_interactions(
                 CASE WHEN label_raw IS NULL THEN label ELSE -1 END AS label
             FROM {duck.numbered(raw)}
         ) AS log LEFT JOIN ({catalogue}) AS known ON log.item_id = known.item_id
-    """  # noqa: S608
+    """
     _write(db, query, "user_id, item_id, timestamp", marked, rules)
 
 
 def _write(
     db: duckdb.DuckDBPyConnection, view: str, unique: str, marked: Path, rules: Sequence[Rule]
 ) -> None:
-    """Add `repeats` (a later one among the otherwise good rows with the same `unique` columns) and `reason`."""
+    """Add `repeats` (later ones among the otherwise good rows of equal `unique` columns) and `reason`."""
     single = [rule for rule in rules if rule.bad != "repeats"]
     reason = "CASE " + " ".join(f"WHEN {rule.bad} THEN {duck.text(rule.reason)}" for rule in single) + " END"
     (repeated,) = (rule.reason for rule in rules if rule.bad == "repeats")
@@ -75,7 +78,7 @@ def _write(
             )
             ORDER BY row
         ) TO {duck.text(marked)} (FORMAT parquet, COMPRESSION zstd)
-        """  # noqa: S608
+        """
     )
 
 

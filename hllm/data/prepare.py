@@ -1,4 +1,4 @@
-"""`hllm prepare`: valid tables -> numbered items, users' histories in order, splits, and every text tokenised once."""
+"""`hllm prepare`: valid tables -> numbered items, ordered histories, splits, every text tokenised once."""
 
 from __future__ import annotations
 

@@ -1,16 +1,21 @@
 """The prepared data set as every later step reads it: memory-mapped, aligned by index.
 
 Files of a `prepare` output:
-    items.parquet          item_index, item_id, text, train_events, then the catalogue's own columns; row i is item i
+    items.parquet          item_index, item_id, text (all fields), title (the first one), train_events,
+                           then the catalogue's other columns; row i is item i
     users.parquet          user_index, user_id, events, train_events; row u is user u
-    event_items.npy        int32 (E,)    item index of every event; users one after another, each in time order
+    event_items.npy        int32 (E,)    item index of every event; user by user, each in time order
     event_times.npy        int64 (E,)    seconds UTC
     event_labels.npy       int8  (E,)    0, 1, or -1 where the log has no label
     user_offsets.npy       int64 (U+1,)  user u's events are [offsets[u], offsets[u+1])
     train_ends.npy         int64 (U,)    absolute: events before it train, the ones from it on are held out
-    valid_ends.npy         int64 (U,)    absolute: [train_end, valid_end) validation, [valid_end, user's end) test
+    valid_ends.npy         int64 (U,)    absolute: [train_end, valid_end) validates, what follows tests
     token_ids.npy          int32 (T,)    tokens of every item's prompt and text, one item after another
     token_offsets.npy      int64 (I+1,)
+
+A user's first event is never held out, whatever the split: there is no history to predict it from. In a
+temporal split it may therefore lie before train_ends without being a training event: `train_events` of items
+and users counts only what happened before the validation period.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The three kinds of source, each as two streams of canonical record batches.
 
     movielens   ml-100k as atomic files: `NAME.inter` and `NAME.item`, tab-separated, typed headers
-    amazon      `NAME.inter.json` {user: [item, ...]} and `NAME.item.json` {item: {field: text}}: order, no times
+    amazon      `NAME.inter.json` {user: [item, ...]} and `NAME.item.json` {item: {field: text}}: no times
     table       any Parquet or CSV, its columns named in `data.columns`
 
 This module is imported by every command (a step's key depends on its source), so it imports little.
@@ -104,7 +104,7 @@ class Source:
         )
 
     def items(self) -> Iterator[pa.RecordBatch]:
-        """item_id, one string column per text, then `created_at` and `created_at_raw` where the source has it."""
+        """item_id, one string column per text, then `created_at` and `created_at_raw` where it has them."""
         return {"movielens": _movielens_items, "amazon": _amazon_items, "table": _table_items}[
             self.data.source
         ](self)
@@ -187,7 +187,7 @@ def _table_events(source: Source) -> Iterator[pa.RecordBatch]:
 
 
 class _IdReader:
-    """Reads one id column, batch by batch; the first batch decides whether its text was written from floats."""
+    """Reads an id column batch by batch; the first one decides whether its text was written from floats."""
 
     def __init__(self, where: str) -> None:
         self.where = where

@@ -5,9 +5,10 @@
 
 A `*_raw` column holds the text of a cell that could not be read and is gone after validation.
 
-Validation looks at each table through a view (`marked`, one row per row) in which everything that takes more
-than one row to know is a column: whether the catalogue knows the item, whether the event repeats an earlier one,
-how long an item's text is. So every rule is one expectation about one column, and SQL can select the same rows.
+Validation looks at each table through a view (`hllm.data.marked`, one row per row) in which everything that
+takes more than one row to know is a column: whether the catalogue knows the item, whether the event repeats
+an earlier one, how long an item's text is. So every rule is one expectation about one column, and SQL selects
+exactly the rows that the expectation objects to.
 """
 
 from __future__ import annotations
@@ -65,24 +66,23 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row-level expectation and the rows that break it."""
+    """One row-level expectation and the rows that break it: `214 of 100,000 rows <says>`."""
 
     table: str
     reason: str
+    says: str
     column: str
-    """The column of the marked view that the expectation is about; examples in messages come from `example`."""
+    """Column of the marked view that the expectation is about."""
     bad: str
     """SQL over the marked view: true for rows that break the rule."""
-    says: str
-    """`214 of 100,000 rows <says>`."""
     expectation: str
-    """Great Expectations class."""
+    """Great Expectations class, and its arguments."""
     arguments: Mapping[str, Any]
     limit: float
     setting: str
     """The setting that holds the limit."""
     example: str
-    """Column of the ingested table whose values stand in the message."""
+    """What stands in the message: a column of the ingested table, or `row`."""
     remedy: str = ""
 
     def build(self) -> Any:
@@ -95,54 +95,147 @@ class Rule:
         )
 
 
+class Suite:
+    """Collects a table's rules; a row's reason is the first rule that it breaks."""
+
+    def __init__(self, table: str, validation: Validation) -> None:
+        self.table, self.validation = table, validation
+        self.rules: list[Rule] = []
+
+    def not_null(self, column: str, reason: str, says: str, **more: str) -> None:
+        self._add(column, reason, says, f"{column} IS NULL", "ExpectColumnValuesToNotBeNull", {}, **more)
+
+    def at_least(self, column: str, value: int, reason: str, says: str, **more: str) -> None:
+        expectation = "ExpectColumnValuesToBeBetween"
+        self._add(column, reason, says, f"{column} < {value}", expectation, {"min_value": value}, **more)
+
+    def at_most(self, column: str, value: int, reason: str, says: str, **more: str) -> None:
+        expectation = "ExpectColumnValuesToBeBetween"
+        self._add(column, reason, says, f"{column} > {value}", expectation, {"max_value": value}, **more)
+
+    def one_of(self, column: str, values: tuple[int, ...], reason: str, says: str, **more: str) -> None:
+        arguments = {"value_set": list(values)}
+        bad = f"{column} NOT IN ({', '.join(map(str, values))})"
+        self._add(column, reason, says, bad, "ExpectColumnValuesToBeInSet", arguments, **more)
+
+    def never(self, column: str, value: str | bool, reason: str, says: str, **more: str) -> None:
+        bad = column if value is True else f"{column} = '{value}'"
+        arguments = {"value_set": [value]}
+        self._add(column, reason, says, bad, "ExpectColumnValuesToNotBeInSet", arguments, **more)
+
+    def _add(
+        self,
+        column: str,
+        reason: str,
+        says: str,
+        bad: str,
+        expectation: str,
+        arguments: Mapping[str, Any],
+        limit: str = "max_quarantined",
+        example: str = "",
+        remedy: str = "",
+    ) -> None:
+        share, setting = getattr(self.validation, limit), f"validation.{limit}"
+        self.rules.append(
+            Rule(
+                self.table,
+                reason,
+                says,
+                column,
+                bad,
+                expectation,
+                arguments,
+                share,
+                setting,
+                example or column,
+                remedy,
+            )
+        )
+
+
 def item_rules(validation: Validation) -> list[Rule]:
-    """In the order in which a row's reason is chosen."""
-    default, unique = (
-        (validation.max_quarantined, "validation.max_quarantined"),
-        (validation.max_duplicates, "validation.max_duplicates"),
+    longest = validation.max_text_chars
+    suite = Suite("items", validation)
+    suite.not_null("item_id", "missing_item_id", "have no item id", example="row")
+    suite.never(
+        "created_at_unreadable",
+        True,
+        "unreadable_created_at",
+        "have a creation time that cannot be read",
+        example="created_at_raw",
+        remedy="See data.timestamp_unit.",
     )
-    empty = (validation.max_empty_texts, "validation.max_empty_texts")
-    return [
-        Rule("items", "missing_item_id", "item_id", "item_id IS NULL", "have no item id", "ExpectColumnValuesToNotBeNull", {}, *default, example="row"),
-        Rule("items", "unreadable_created_at", "created_at_unreadable", "created_at_unreadable", "have a creation time that cannot be read",
-             "ExpectColumnValuesToBeInSet", {"value_set": [False]}, *default, example="created_at_raw", remedy="See data.timestamp_unit."),
-        Rule("items", "empty_text", "text_chars", "text_chars < 1", "have no text at all",
-             "ExpectColumnValuesToBeBetween", {"min_value": 1}, *empty, example="item_id", remedy="data.columns.texts names the text columns."),
-        Rule("items", "long_text", "text_chars", f"text_chars > {validation.max_text_chars}",
-             f"have a text of more than {validation.max_text_chars:,} characters (validation.max_text_chars)",
-             "ExpectColumnValuesToBeBetween", {"max_value": validation.max_text_chars}, *default, example="item_id"),
-        Rule("items", "duplicate_item", "repeats", "repeats", "repeat the id of an earlier item",
-             "ExpectColumnValuesToBeInSet", {"value_set": [False]}, *unique, example="item_id"),
-    ]  # fmt: skip
+    suite.at_least(
+        "text_chars",
+        1,
+        "empty_text",
+        "have no text at all",
+        limit="max_empty_texts",
+        example="item_id",
+        remedy="data.columns.texts names the text columns.",
+    )
+    suite.at_most(
+        "text_chars",
+        longest,
+        "long_text",
+        f"have more than {longest:,} characters of text (validation.max_text_chars)",
+        example="item_id",
+    )
+    suite.never(
+        "repeats",
+        True,
+        "duplicate_item",
+        "repeat the id of an earlier item",
+        limit="max_duplicates",
+        example="item_id",
+    )
+    return suite.rules
 
 
 def interaction_rules(validation: Validation, now: datetime) -> list[Rule]:
-    """In the order in which a row's reason is chosen."""
-    default, unique = (
-        (validation.max_quarantined, "validation.max_quarantined"),
-        (validation.max_duplicates, "validation.max_duplicates"),
-    )
-    unknown = (validation.max_unknown_items, "validation.max_unknown_items")
     earliest, latest = window(validation, now)
-    table = "interactions"
-    return [
-        Rule(table, "missing_user_id", "user_id", "user_id IS NULL", "have no user id", "ExpectColumnValuesToNotBeNull", {}, *default, example="row"),
-        Rule(table, "missing_item_id", "item_id", "item_id IS NULL", "have no item id", "ExpectColumnValuesToNotBeNull", {}, *default, example="row"),
-        Rule(table, "unreadable_timestamp", "timestamp", "timestamp IS NULL", "have no timestamp that can be read",
-             "ExpectColumnValuesToNotBeNull", {}, *default, example="timestamp_raw", remedy="See data.timestamp_unit."),
-        Rule(table, "early_timestamp", "timestamp", f"timestamp < {earliest}", f"lie before {validation.not_before} (validation.not_before)",
-             "ExpectColumnValuesToBeBetween", {"min_value": earliest}, *default, example="timestamp"),
-        Rule(table, "future_timestamp", "timestamp", f"timestamp > {latest}", "lie in the future",
-             "ExpectColumnValuesToBeBetween", {"max_value": latest}, *default, example="timestamp"),
-        Rule(table, "bad_label", "label", "label NOT IN (0, 1)", "have a label that is neither 0 nor 1",
-             "ExpectColumnValuesToBeInSet", {"value_set": [0, 1]}, *default, example="label_text"),
-        Rule(table, "unknown_item", "catalogue", "catalogue = 'unknown'", "name an item that the catalogue lacks",
-             "ExpectColumnValuesToNotBeInSet", {"value_set": ["unknown"]}, *unknown, example="item_id"),
-        Rule(table, "quarantined_item", "catalogue", "catalogue = 'quarantined'", "name an item whose own row is in quarantine",
-             "ExpectColumnValuesToNotBeInSet", {"value_set": ["quarantined"]}, *default, example="item_id"),
-        Rule(table, "duplicate_event", "repeats", "repeats", "repeat an earlier event (same user, item and second)",
-             "ExpectColumnValuesToBeInSet", {"value_set": [False]}, *unique, example="item_id"),
-    ]  # fmt: skip
+    suite = Suite("interactions", validation)
+    suite.not_null("user_id", "missing_user_id", "have no user id", example="row")
+    suite.not_null("item_id", "missing_item_id", "have no item id", example="row")
+    suite.not_null(
+        "timestamp",
+        "unreadable_timestamp",
+        "have no timestamp that can be read",
+        example="timestamp_raw",
+        remedy="See data.timestamp_unit.",
+    )
+    suite.at_least(
+        "timestamp",
+        earliest,
+        "early_timestamp",
+        f"lie before {validation.not_before} (validation.not_before)",
+    )
+    suite.at_most("timestamp", latest, "future_timestamp", "lie in the future")
+    suite.one_of("label", (0, 1), "bad_label", "have a label that is neither 0 nor 1")
+    suite.never(
+        "catalogue",
+        "unknown",
+        "unknown_item",
+        "name an item that the catalogue lacks",
+        limit="max_unknown_items",
+        example="item_id",
+    )
+    suite.never(
+        "catalogue",
+        "quarantined",
+        "quarantined_item",
+        "name an item whose own row is in quarantine",
+        example="item_id",
+    )
+    suite.never(
+        "repeats",
+        True,
+        "duplicate_event",
+        "repeat an earlier event (same user, item and second)",
+        limit="max_duplicates",
+        example="item_id",
+    )
+    return suite.rules
 
 
 def window(validation: Validation, now: datetime) -> tuple[int, int]:
@@ -155,4 +248,5 @@ def window(validation: Validation, now: datetime) -> tuple[int, int]:
             remedy="Write it as 1990-01-31.",
         ) from None
     earliest = earliest if earliest.tzinfo else earliest.replace(tzinfo=UTC)
-    return int(earliest.timestamp()), int((now + timedelta(hours=validation.max_future_hours)).timestamp())
+    latest = now + timedelta(hours=validation.max_future_hours)
+    return int(earliest.timestamp()), int(latest.timestamp())

@@ -62,31 +62,32 @@ def _train_counts(db: duckdb.DuckDBPyConnection, settings: Prepare) -> dict[str,
     """Per user: events that train, events that train or validate. Per item: events that train."""
     if settings.split == "leave_one_out":
         held = f"if(events >= {LEAST_EVENTS}, 1, 0)"
-        counts = db.execute(
-            f"SELECT events - 2 * {held} AS trained, events - {held} AS validated FROM users ORDER BY user_index"
-        )  # noqa: S608
+        kept = f"events - 2 * {held} AS trained, events - {held} AS validated"
+        counts = db.execute(f"SELECT {kept} FROM users ORDER BY user_index")
         per_user = counts.fetchnumpy()
         trains = f"""
             SELECT item_index FROM (
                 SELECT item_index, count(*) OVER (PARTITION BY user_index) AS n,
                     row_number() OVER (PARTITION BY user_index ORDER BY timestamp, row) AS place FROM events
             ) WHERE n < {LEAST_EVENTS} OR place <= n - 2
-        """  # noqa: S608
+        """
     else:
         valid_from, test_from = _days(settings)
         per_user = db.execute(
             f"""
-            SELECT count(*) FILTER (timestamp < {valid_from}) AS trained, count(*) FILTER (timestamp < {test_from}) AS validated
+            SELECT count(*) FILTER (timestamp < {valid_from}) AS trained,
+                count(*) FILTER (timestamp < {test_from}) AS validated
             FROM events GROUP BY user_index ORDER BY user_index
-            """  # noqa: S608
+            """
         ).fetchnumpy()
-        trains = f"SELECT item_index FROM events WHERE timestamp < {valid_from}"  # noqa: S608
+        trains = f"SELECT item_index FROM events WHERE timestamp < {valid_from}"
     by_item = db.execute(
         f"""
         SELECT coalesce(counted.n, 0) AS n FROM items LEFT JOIN
-            (SELECT item_index, count(*) AS n FROM ({trains}) GROUP BY item_index) AS counted USING (item_index)
+            (SELECT item_index, count(*) AS n FROM ({trains}) GROUP BY item_index) AS counted
+            USING (item_index)
         ORDER BY item_index
-        """  # noqa: S608
+        """
     ).fetchnumpy()
     found = {"trained": per_user["trained"], "validated": per_user["validated"], "by_item": by_item["n"]}
     return {name: np.asarray(counts, np.int64) for name, counts in found.items()}
@@ -95,9 +96,8 @@ def _train_counts(db: duckdb.DuckDBPyConnection, settings: Prepare) -> dict[str,
 def _days(settings: Prepare) -> tuple[int, int]:
     valid_from, test_from = (_seconds(name, getattr(settings, name)) for name in ("valid_from", "test_from"))
     if valid_from >= test_from:
-        raise ConfigError(
-            f"prepare.valid_from ({settings.valid_from}) must lie before prepare.test_from ({settings.test_from})"
-        )
+        days = f"prepare.valid_from ({settings.valid_from}) must lie before prepare.test_from"
+        raise ConfigError(f"{days} ({settings.test_from})")
     return valid_from, test_from
 
 

@@ -1,7 +1,8 @@
 """Files as Arrow record batches: Parquet and delimited text, a bounded number of rows at a time.
 
-Delimited text is read as strings only: what a cell means is decided later, so that one bad cell is one bad row
-and not the end of the file. What is wrong with the file itself (missing column, truncated, not UTF-8) ends here.
+Delimited text is read as strings only: what a cell means is decided later, so that one bad cell is one bad
+row and not the end of the file. What is wrong with the file itself (a missing column, a cut-off end, bytes
+that are not UTF-8) ends here.
 """
 
 from __future__ import annotations

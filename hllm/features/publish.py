@@ -1,0 +1,273 @@
+"""`hllm publish`: a version's vectors into Feast, under names of their own.
+
+The order makes every moment safe to be killed in:
+    1. the two views, tagged with the export's digest and the moment the publication began: from here on the
+       registry itself refuses other data under this version's name
+    2. the online rows, in batches; progress.json says how far, a batch written twice is the same rows
+    3. the service, tagged with the moment from which its rows can be read: the event time of step 4
+    4. the offline tables, each whole or not at all
+    5. the manifest: no manifest, no publication
+The tag `publication` of the MLflow version says `publishing` from the start and `published` after the end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+import hllm
+from hllm.artifacts import (
+    MANIFEST,
+    Manifest,
+    Store,
+    digest_of,
+    file_digests,
+    read_object,
+    upload,
+    write_atomically,
+)
+from hllm.errors import DataError
+from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export
+from hllm.features.offline import write_offline
+from hllm.features.online import write_online
+from hllm.features.store import open_store, registry_lock, service_errors, write_yaml
+from hllm.features.views import Views, service_name, view_name, views_of
+from hllm.settings import Settings
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+STEP = "publish"
+PROGRESS = "progress.json"
+DONE = ("published", "verified")
+
+
+def publish(settings: Settings, version: str | None = None) -> None:
+    """Publish a registered version, continue a publication that was killed, or find that it is done.
+
+    Raises:
+        DataError: the export is damaged, or the name is taken by other data.
+        InfraError: a store did not answer; the same command continues.
+    """
+    from hllm.registry.versions import registered_version, set_tags
+
+    info = registered_version(settings, version)
+    outputs, key = Store(settings.run.root), f"v{info.version}"
+    export = export_of(info.tags["export"])
+    with outputs.lock(STEP, key), service_errors(settings):
+        folder = outputs.folder(STEP, key)
+        done = outputs.manifest(STEP, key)
+        if (
+            done
+            and done.settings_digest == identity(settings, export)
+            and info.tags.get("publication") in DONE
+        ):
+            if registered_service(open_store(settings), info.version) is not None:
+                typer.echo(
+                    f"publish: reused, version {info.version} was published {done.created_at} ({_counts(done.rows)})"
+                )
+                return
+        (folder / MANIFEST).unlink(missing_ok=True)
+        set_tags(settings, info.version, {"publication": "publishing"})
+        manifest = Publication(settings, export, info.version, outputs, resume=done is None).run()
+        set_tags(settings, info.version, {"publication": "published"})
+    online = manifest.facts
+    rate = online["written"] / max(online["online_seconds"], 1e-9)
+    typer.echo(
+        f"publish: version {info.version} in {manifest.seconds:.1f} s ({_counts(manifest.rows)}; online {rate:,.0f} rows/s), "
+        f"service {service_name(info.version)} -> {settings.feast.online} {settings.feast.online_url}"
+    )
+    typer.echo(
+        f"  plain Feast: feast --feature-store-yaml {folder / 'feature_store.yaml'} feature-services list"
+    )
+
+
+def export_of(location: str) -> Export:
+    """The export behind a version, fetched if it lives in S3."""
+    root, step, key = location.rstrip("/").rsplit("/", 2)
+    return Export.open(Store(root).fetch(step, key))
+
+
+def identity(settings: Settings, export: Export) -> str:
+    """What was published and where to: another store needs another publication."""
+    where = settings.feast.model_dump(
+        include={"project", "registry", "online", "online_url", "offline", "offline_path"}
+    )
+    return digest_of({"export": export.manifest.digest, "where": where})
+
+
+def registered_service(store: FeatureStore, version: int) -> Any | None:
+    """The version's feature service, or None before it is there."""
+    return next(
+        (service for service in store.list_feature_services() if service.name == service_name(version)), None
+    )
+
+
+@dataclass
+class Publication:
+    """One publication under way."""
+
+    settings: Settings
+    export: Export
+    version: int
+    outputs: Store
+    resume: bool
+    """False when an earlier publication ended but was found damaged: everything is written again."""
+
+    def __post_init__(self) -> None:
+        self.key = f"v{self.version}"
+        self.folder = self.outputs.folder(STEP, self.key)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store = open_store(self.settings)
+
+    def run(self) -> Manifest:
+        began = time.monotonic()
+        views, started_at = self._register_views()
+        progress = self._read_progress(started_at)
+        written, online_began = 0, time.monotonic()
+        for entity in ENTITIES:
+            start = progress.get(entity.name, 0)
+            self._write_online(views, entity, started_at, progress, start)
+            written += self.export.rows(entity) - start
+        online_seconds = time.monotonic() - online_began
+        available_at = self._register_service(views)
+        for entity in ENTITIES:
+            write_offline(
+                self.settings, self.export, entity, version=self.version, at=available_at, scratch=self.folder
+            )
+        write_yaml(self.settings, self.folder)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+        return self._finish(
+            started_at, available_at, began, {"written": written, "online_seconds": round(online_seconds, 3)}
+        )
+
+    def _register_views(self) -> tuple[Views, datetime]:
+        """The views of this version, and the moment its publication began, as the registry knows it."""
+        with registry_lock(self.settings):
+            name = view_name(USER, self.version)  # the first that is registered
+            known = next((view for view in self.store.list_feature_views() if view.name == name), None)
+            if known and known.tags.get("export") != self.export.manifest.digest:
+                raise DataError(
+                    f"{name} already holds the vectors of another export ({known.tags.get('export')}, not {self.export.manifest.digest})",
+                    where=f"Feast project {self.settings.feast.project}",
+                    remedy="Versions are never overwritten. Two MLflow registries share this Feast project: set feast.project.",
+                )
+            started_at = (
+                datetime.fromisoformat(known.tags["started_at"])
+                if known
+                else datetime.now(UTC).replace(microsecond=0)
+            )
+            views = views_of(self.settings, self.version, self._tags(started_at))
+            there = {entity.name for entity in self.store.list_entities()}
+            new: list[Any] = [entity for entity in views.entities if entity.name not in there]
+            self.store.apply([*new, views.users, views.items, views.affinity])
+        return views, started_at
+
+    def _tags(self, started_at: datetime) -> dict[str, str]:
+        facts = self.export.manifest.facts
+        return {
+            "model": self.settings.mlflow.model_name,
+            "model_version": str(self.version),
+            "family": str(facts.get("family", "")),
+            "width": str(self.export.width),
+            "as_of": str(facts.get("as_of", "")),
+            "export": self.export.manifest.digest,
+            "started_at": started_at.isoformat(),
+        }
+
+    def _write_online(
+        self, views: Views, entity: Entity, started_at: datetime, progress: dict[str, Any], start: int
+    ) -> None:
+        def written(rows: int) -> None:
+            progress[entity.name] = rows
+            self._save(PROGRESS, progress)
+
+        write_online(
+            self.store,
+            views.of(entity),
+            self.export,
+            entity,
+            version=self.version,
+            at=started_at,
+            batch_rows=self.settings.feast.write_batch_rows,
+            start=start,
+            written=written,
+        )
+
+    def _register_service(self, views: Views) -> datetime:
+        """Open the version for reading. The moment is fixed once: a resumed publication finds it in the registry.
+
+        Rounded up to a whole second: a point-in-time join must never find a vector before it could be read."""
+        known = registered_service(self.store, self.version)
+        if known is not None:
+            return datetime.fromisoformat(known.tags["available_at"])
+        available_at = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
+        started_at = datetime.fromisoformat(views.users.tags["started_at"])
+        with registry_lock(self.settings):
+            self.store.apply(
+                [
+                    views.service(
+                        self.version, {**self._tags(started_at), "available_at": available_at.isoformat()}
+                    )
+                ]
+            )
+        return available_at
+
+    def _read_progress(self, started_at: datetime) -> dict[str, Any]:
+        of = {"identity": identity(self.settings, self.export), "started_at": started_at.isoformat()}
+        path = self.folder / PROGRESS
+        try:
+            text = path.read_bytes() if path.exists() else self._remote(PROGRESS)
+            found = json.loads(text) if text and self.resume else {}
+        except ValueError:
+            found = {}
+        return found if of.items() <= found.items() else of
+
+    def _remote(self, name: str) -> bytes | None:
+        return read_object(f"{self.outputs.location(STEP, self.key)}/{name}") if self.outputs.remote else None
+
+    def _save(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.folder / name, json.dumps(content).encode())
+        if self.outputs.remote:
+            upload(self.folder / name, f"{self.outputs.location(STEP, self.key)}/{name}")
+
+    def _finish(
+        self, started_at: datetime, available_at: datetime, began: float, facts: dict[str, Any]
+    ) -> Manifest:
+        files = file_digests(self.folder)
+        manifest = Manifest(
+            step=STEP,
+            key=self.key,
+            settings_digest=identity(self.settings, self.export),
+            code_version=hllm.__version__,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - began, 3),
+            digest=digest_of(files),
+            rows={f"{entity.name}s": self.export.rows(entity) for entity in ENTITIES},
+            facts={
+                **facts,
+                "service": service_name(self.version),
+                "views": [view_name(entity, self.version) for entity in (USER, ITEM)],
+                "started_at": started_at.isoformat(),
+                "available_at": available_at.isoformat(),
+                "export": self.export.manifest.digest,
+            },
+            files=files,
+        )
+        self.outputs.finish(manifest)
+        return manifest
+
+
+def _counts(rows: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in rows.items())
+
+
+def publication_folder(settings: Settings, version: int) -> Path:
+    """Where a publication keeps its manifest and the feature_store.yaml for plain Feast users."""
+    return Store(settings.run.root).folder(STEP, f"v{version}")

@@ -1,0 +1,199 @@
+"""The Feast store that the settings describe: one description, used by this process and written down for others.
+
+The password of a server is read from HLLM_FEAST_PASSWORD and nowhere else. In the file written for plain
+Feast users it stays the text `${HLLM_FEAST_PASSWORD}`, which Feast itself fills in from their environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from hllm.artifacts import is_s3, write_atomically
+from hllm.errors import ConfigError, HLLMError, InfraError
+from hllm.settings import Settings
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+PASSWORD = "HLLM_FEAST_PASSWORD"  # noqa: S105  (the variable's name)
+CACHE_SECONDS = 60
+"""How soon a long-running reader sees a newly published version."""
+
+
+def open_store(settings: Settings, mlflow: bool = False) -> FeatureStore:
+    """Feast, configured by the settings. The import takes seconds: only commands that need Feast call this.
+
+    With `mlflow`, `store.mlflow.resolve_features("models:/hllm/champion")` works, at the price of that import too."""
+    os.environ.setdefault("FEAST_USAGE", "False")
+    # Ours is one multiplication per row, in numpy; its offline cost is measured in benchmarks/publish.py.
+    warnings.filterwarnings("ignore", message="On demand feature view is an experimental feature")
+    from feast import FeatureStore, RepoConfig
+
+    _make_folders(settings)
+    with service_errors(settings):
+        content = describe(settings, os.environ.get(PASSWORD, ""))
+        return FeatureStore(
+            config=RepoConfig(**{**content, "mlflow": {**content["mlflow"], "enabled": mlflow}})
+        )
+
+
+def write_yaml(settings: Settings, folder: Path) -> Path:
+    """A `feature_store.yaml` for people who use Feast without this package. It holds no password."""
+    import yaml
+
+    path = folder / "feature_store.yaml"
+    text = yaml.safe_dump(
+        describe(settings, f"${{{PASSWORD}}}" if os.environ.get(PASSWORD) else ""), sort_keys=False
+    )
+    write_atomically(
+        path,
+        b"# Written by `hllm publish`: the stores that these vectors were published to.\n" + text.encode(),
+    )
+    return path
+
+
+def describe(settings: Settings, password: str) -> dict[str, Any]:
+    """The content of a feature_store.yaml, with absolute paths: Feast resolves relative ones against the
+    folder of that file, our settings against the working directory."""
+    return {
+        "project": settings.feast.project,
+        "provider": "local",
+        "registry": _registry(settings, password),
+        "online_store": _online(settings, password),
+        "offline_store": _offline(settings, password),
+        "entity_key_serialization_version": 3,
+        "mlflow": _mlflow(settings),
+    }
+
+
+def _mlflow(settings: Settings) -> dict[str, Any]:
+    """Feast finds a model's feature service through MLflow. An address with a password is not written
+    down: MLFLOW_TRACKING_URI, where it came from, works for Feast too."""
+    from hllm.registry.server import local_database, tracking_uri
+
+    uri = tracking_uri(settings)
+    database = local_database(uri)
+    found: dict[str, Any] = {"enabled": True, "auto_log": False}
+    if not urlsplit(uri).password:
+        found["tracking_uri"] = f"sqlite:///{database.absolute()}" if database else uri
+    return found
+
+
+def online_path(settings: Settings) -> Path:
+    return Path(settings.feast.online_url).absolute()
+
+
+def _registry(settings: Settings, password: str) -> dict[str, Any]:
+    place = settings.feast.registry
+    if "://" not in place:
+        return {
+            "registry_type": "file",
+            "path": str(Path(place).absolute()),
+            "cache_ttl_seconds": CACHE_SECONDS,
+        }
+    if is_s3(place):
+        return {"registry_type": "file", "path": place, "cache_ttl_seconds": CACHE_SECONDS}
+    scheme, _, rest = place.partition("://")
+    user, at, where = rest.rpartition("@")
+    if ":" in user:
+        raise ConfigError(
+            "a password in the registry's URL would end up in logs",
+            where="feast.registry",
+            remedy=f"Put it into {PASSWORD}.",
+        )
+    if user and password:
+        user += ":" + (password if password.startswith("${") else quote(password, safe=""))
+    return {
+        "registry_type": "sql",
+        "path": f"{scheme}://{user}{at}{where}",
+        "cache_ttl_seconds": CACHE_SECONDS,
+    }
+
+
+def _online(settings: Settings, password: str) -> dict[str, Any]:
+    if settings.feast.online == "sqlite":
+        return {"type": "sqlite", "path": str(online_path(settings))}
+    if settings.feast.online == "redis":
+        # A comma would end the parameter, so a password is written as JSON text, in which a comma has another spelling.
+        secret = password if password.startswith("${") else json.dumps(password).replace(",", "\\u002c")
+        text = settings.feast.online_url + (f",password={secret}" if password else "")
+        # Only one publication ever writes a version's rows: reading their old timestamps first would be wasted.
+        return {"type": "redis", "connection_string": text, "skip_dedup": True}
+    return {"type": "postgres", **postgres(settings.feast.online_url, password, "feast.online_url")}
+
+
+def _offline(settings: Settings, password: str) -> dict[str, Any]:
+    if settings.feast.offline == "file":
+        # Not Feast's default reader of files (dask): it joins a request's candidates into one row per user and
+        # second, and drops training rows older than the first vector, both without a word.
+        return {"type": "duckdb"}
+    return {"type": "postgres", **postgres(settings.feast.offline_path, password, "feast.offline_path")}
+
+
+def postgres(place: str, password: str, setting: str) -> dict[str, Any]:
+    """`[user@]host:port/database`; the host may be the folder of a Unix socket."""
+    address, slash, database = place.rpartition("/")
+    user, _, server = address.rpartition("@")
+    host, colon, port = server.rpartition(":")
+    if not slash or not colon or not database or not port.isdigit():
+        raise ConfigError(
+            f"{place!r} does not name a PostgreSQL database",
+            where=setting,
+            remedy="Write [user@]host:port/database.",
+        )
+    return {
+        "host": host,
+        "port": int(port),
+        "database": database,
+        "db_schema": "public",
+        "user": user or "hllm",
+        "password": password,
+        "sslmode": os.environ.get("PGSSLMODE", "prefer"),
+    }
+
+
+def _make_folders(settings: Settings) -> None:
+    if "://" not in settings.feast.registry:
+        Path(settings.feast.registry).absolute().parent.mkdir(parents=True, exist_ok=True)
+    if settings.feast.online == "sqlite":
+        online_path(settings).parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def service_errors(settings: Settings) -> Iterator[None]:
+    """A server that does not answer, as an error that says which one and that a retry helps."""
+    try:
+        yield
+    except HLLMError:
+        raise
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if library not in {"redis", "psycopg", "psycopg_pool", "sqlite3", "sqlalchemy"}:
+            raise
+        raise InfraError(
+            f"the feature store failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where=f"{settings.feast.online} {settings.feast.online_url}",
+            remedy=f"Check that the stores in [feast] run and answer, and {PASSWORD} if they want a password; then run the command again.",
+        ) from error
+
+
+@contextlib.contextmanager
+def registry_lock(settings: Settings) -> Iterator[None]:
+    """Feast rewrites a registry file whole: two publications at once would lose one. SQL registries need no lock."""
+    if "://" in settings.feast.registry:
+        yield
+        return
+    import fcntl
+
+    path = Path(settings.feast.registry).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

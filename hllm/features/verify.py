@@ -1,0 +1,248 @@
+"""`hllm verify`: what ranking models would read, compared with what the model exported.
+
+Only a version that passes gets `publication = verified` and the tag `feast.feature_service`; nothing else
+may become champion. A version that fails goes back to `publishing`, and the next `hllm publish` writes all
+of it again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import typer
+
+from hllm.errors import DataError
+from hllm.features.export import ENTITIES, ITEM, USER, Batch, Entity, Export, bad_vectors
+from hllm.features.offline import count_offline
+from hllm.features.publish import export_of, registered_service
+from hllm.features.store import open_store, service_errors
+from hllm.features.views import service_name
+from hllm.settings import Settings
+
+if TYPE_CHECKING:
+    from feast import FeatureService, FeatureStore
+
+READ_ROWS = 500
+"""Rows of one online request."""
+POINT_IN_TIME_ROWS = 20
+"""Pairs read from the offline store at three moments."""
+
+
+def verify(settings: Settings, version: str | None = None) -> None:
+    """Compare a published version with its export; tag it `verified` if all of it agrees.
+
+    Raises:
+        DataError: something that was read differs from the export, or the version is not published.
+        InfraError: a store did not answer.
+    """
+    from hllm.registry.versions import registered_version, set_tags
+
+    info = registered_version(settings, version)
+    if info.tags.get("publication") not in ("published", "verified"):
+        raise DataError(
+            f"is not published (publication = {info.tags.get('publication', 'absent')})",
+            where=f"{settings.mlflow.model_name} version {info.version}",
+            remedy=f"Run `hllm publish --version {info.version}` first.",
+        )
+    with service_errors(settings):
+        try:
+            checked = Verification(settings, export_of(info.tags["export"]), info.version).run()
+        except DataError:
+            set_tags(settings, info.version, {"publication": "publishing"})
+            raise
+    set_tags(
+        settings,
+        info.version,
+        {"publication": "verified", "feast.feature_service": service_name(info.version)},
+    )
+    typer.echo(f"verify: version {info.version} is what was exported: " + "; ".join(checked))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of the export, in the export's order."""
+
+    entity: Entity
+    ids: list[str]
+    vectors_ND: npt.NDArray[np.float32]
+    values: dict[str, list[int]]
+
+
+class Verification:
+    def __init__(self, settings: Settings, export: Export, version: int) -> None:
+        self.settings, self.export, self.version = settings, export, version
+        self.store: FeatureStore = open_store(settings)
+        service = registered_service(self.store, version)
+        if service is None:
+            raise self._differs(f"the Feast registry has no service {service_name(version)}")
+        if service.tags.get("export") != export.manifest.digest:
+            raise self._differs(
+                f"the service {service.name} was made from another export",
+                examples=[service.tags.get("export")],
+            )
+        self.service: FeatureService = service
+        self.available_at = datetime.fromisoformat(service.tags["available_at"])
+
+    def run(self) -> list[str]:
+        """What was checked, one phrase each."""
+        samples = {entity.name: self._sample(entity) for entity in ENTITIES}
+        users, items = samples["user"], samples["item"]
+        self._compare_online(users, items)
+        offline = [self._compare_counts(entity) for entity in ENTITIES]
+        pairs = self._compare_point_in_time(users, items)
+        return [
+            f"{len(users.ids):,} users and {len(items.ids):,} items bit for bit online, with version {self.version}",
+            f"{offline[0]:,} users and {offline[1]:,} items offline",
+            f"{pairs} pairs at three moments",
+        ]
+
+    def _sample(self, entity: Entity) -> Sample:
+        """Random rows, and always the first and the last. Every row of the export is looked at on the way."""
+        rows = self.export.rows(entity)
+        random = np.random.default_rng([self.settings.run.seed, self.version])
+        chosen = random.choice(rows, size=min(rows, self.settings.feast.verify_sample), replace=False)
+        wanted = np.union1d(chosen, [0, rows - 1])
+        found: list[tuple[Batch, npt.NDArray[np.int64]]] = []
+        for batch in self.export.batches(entity, 50_000):
+            here = wanted[(wanted >= batch.first) & (wanted < batch.first + len(batch.ids))] - batch.first
+            found.append((batch, here))
+        return Sample(
+            entity,
+            [batch.ids[row] for batch, here in found for row in here],
+            np.concatenate([batch.vectors_ND[here] for batch, here in found]),
+            {
+                feature: [batch.values[feature][row] for batch, here in found for row in here]
+                for feature in entity.columns.values()
+            },
+        )
+
+    def _compare_online(self, users: Sample, items: Sample) -> None:
+        """Through the service, as a ranking model reads: every sampled user beside some item and back."""
+        rows = max(len(users.ids), len(items.ids))
+        for start in range(0, rows, READ_ROWS):
+            block = range(start, min(start + READ_ROWS, rows))
+            of_user = [row % len(users.ids) for row in block]
+            of_item = [row % len(items.ids) for row in block]
+            request = [
+                {USER.join_key: users.ids[user], ITEM.join_key: items.ids[item]}
+                for user, item in zip(of_user, of_item, strict=True)
+            ]
+            answer = self._read_online(request)
+            self._compare(users, of_user, answer, "online")
+            self._compare(items, of_item, answer, "online")
+            scores = np.einsum("nd,nd->n", users.vectors_ND[of_user], items.vectors_ND[of_item])
+            self._compare_affinity(answer["affinity"], scores, request)
+
+    def _read_online(self, request: list[dict[str, str]]) -> dict[str, list[Any]]:
+        from google.protobuf.message import DecodeError
+
+        try:
+            return self.store.get_online_features(features=self.service, entity_rows=request).to_dict()
+        except DecodeError as error:
+            raise self._differs(f"online rows cannot be decoded: {error}") from None
+
+    def _compare(self, sample: Sample, rows: list[int], answer: dict[str, list[Any]], where: str) -> None:
+        """One block of an answer against the export: there, finite, of unit length, the same bits, the same version."""
+        entity, names = sample.entity, [sample.ids[row] for row in rows]
+        read = answer[entity.vector]
+        self._none(entity, "are missing", where, names, [vector is None for vector in read])
+        width = self.export.width
+        self._none(entity, f"are not {width} wide", where, names, [len(vector) != width for vector in read])
+        read_ND = np.asarray(read, np.float32)
+        problem = bad_vectors(read_ND)
+        if problem is not None:
+            raise self._differs(
+                f"{where} {entity.name} vectors {problem[0]}",
+                len(problem[1]),
+                len(rows),
+                [names[row] for row in problem[1][:3]],
+            )
+        differs = (read_ND.view(np.uint32) != sample.vectors_ND[rows].view(np.uint32)).any(axis=1)
+        self._none(entity, "differ from the export", where, names, differs)
+        versions = [value != str(self.version) for value in answer[entity.model_version]]
+        self._none(entity, f"do not say model version {self.version}", where, names, versions)
+        for feature, values in sample.values.items():
+            wrong = [value != values[row] for value, row in zip(answer[feature], rows, strict=True)]
+            self._none(entity, f"have another {feature}", where, names, wrong)
+
+    def _compare_affinity(
+        self, read: list[float | None], expected: npt.NDArray[np.float32], request: list[dict[str, str]]
+    ) -> None:
+        wrong = [
+            value is None or abs(value - score) > 1e-5 for value, score in zip(read, expected, strict=True)
+        ]
+        if any(wrong):
+            pairs = [" and ".join(pair.values()) for pair, bad in zip(request, wrong, strict=True) if bad]
+            raise self._differs(
+                "affinities are not the product of the two vectors", len(pairs), len(read), pairs[:3]
+            )
+
+    def _compare_counts(self, entity: Entity) -> int:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = count_offline(self.settings, entity, self.version, Path(scratch))
+        if found != self.export.rows(entity):
+            raise self._differs(
+                f"the offline table of {entity.name}s has {found:,} rows, the export {self.export.rows(entity):,}"
+            )
+        return found
+
+    def _compare_point_in_time(self, users: Sample, items: Sample) -> int:
+        """A training row from before the publication sees nothing; one from that moment on sees the vectors."""
+        import pandas as pd
+
+        rows = list(range(min(POINT_IN_TIME_ROWS, len(users.ids), len(items.ids))))
+        moments = [
+            self.available_at - timedelta(seconds=1),
+            self.available_at,
+            self.available_at + timedelta(days=1),
+        ]
+        frame = pd.DataFrame(
+            [(users.ids[row], items.ids[row], moment) for moment in moments for row in rows],
+            columns=[USER.join_key, ITEM.join_key, "event_timestamp"],
+        )
+        read = (
+            self.store.get_historical_features(entity_df=frame, features=self.service).to_arrow().to_pydict()
+        )
+        at: dict[tuple[Any, ...], int] = {
+            (user, item, pd.Timestamp(moment)): position
+            for position, (user, item, moment) in enumerate(
+                zip(read[USER.join_key], read[ITEM.join_key], read["event_timestamp"], strict=True)
+            )
+        }
+        for moment in moments:
+            keys = [(users.ids[row], items.ids[row], pd.Timestamp(moment)) for row in rows]
+            if any(key not in at for key in keys):
+                raise self._differs("a point-in-time read lost rows of the request")
+            part = {feature: [values[at[key]] for key in keys] for feature, values in read.items()}
+            if moment < self.available_at:
+                early = [
+                    user is not None or item is not None
+                    for user, item in zip(part[USER.vector], part[ITEM.vector], strict=True)
+                ]
+                self._none(USER, "can be read before they were published", "offline", users.ids, early)
+            else:
+                self._compare(users, rows, part, "offline")
+                self._compare(items, rows, part, "offline")
+        return len(rows)
+
+    def _none(self, entity: Entity, what: str, where: str, names: list[str], wrong: Iterable[Any]) -> None:
+        bad = [name for name, is_wrong in zip(names, wrong, strict=False) if is_wrong]
+        if bad:
+            raise self._differs(f"{where} {entity.name} vectors {what}", len(bad), len(names), bad[:3])
+
+    def _differs(self, what: str, count: int = 0, total: int = 0, examples: Iterable[Any] = ()) -> DataError:
+        return DataError(
+            what,
+            where=f"{service_name(self.version)} in {self.settings.feast.online} {self.settings.feast.online_url}",
+            count=(count, total) if total else None,
+            examples=examples,
+            remedy=f"The version stays unverified and cannot become champion. "
+            f"Run `hllm publish --version {self.version}`, which writes all of it again, then verify.",
+        )

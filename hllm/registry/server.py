@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # MLflow's own defaults wait for minutes before they admit that nobody answers; we retry whole steps.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }
 _SQLITE = "sqlite:///"
@@ -93,6 +94,22 @@ def quiet() -> None:
     """No addresses, progress bars and notices on stdout; must be called before mlflow is first imported."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def wait_for(settings: Settings, seconds: float) -> None:
+    """Return when the server answers.
+
+    Raises:
+        InfraError: it did not for so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return _knock(tracking_uri(settings))
+        except InfraError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 @contextmanager

@@ -8,12 +8,13 @@ the curves are in the output's `curves.jsonl`, and `hllm register` completes the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 3.0
 SYSTEM_SECONDS = 5.0
+AWAY_SECONDS = 30.0
+"""How long a finished step waits for a server that does not answer before it goes on without."""
 _METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
 _CONTEXT_TAG = "mlflow.data.context"
@@ -52,9 +55,7 @@ def child_run(
         yield tracker
     except BaseException as error:
         stopped = isinstance(error, (Terminated, KeyboardInterrupt))
-        reason = (
-            "stopped by SIGTERM" if isinstance(error, Terminated) else (str(error) or type(error).__name__)
-        )
+        reason = "stopped by a signal" if stopped else (str(error) or type(error).__name__)
         tracker.end("KILLED" if stopped else "FAILED", reason.splitlines()[0])
         raise
     tracker.end("FINISHED")
@@ -160,26 +161,30 @@ class Tracker:
         location = Store(self.settings.run.root).location(manifest.step, manifest.key)
         tags = {"hllm.output": location, "hllm.digest": manifest.digest, "hllm.code": manifest.code_version}
         tags |= {f"hllm.fact.{name}": text(value) for name, value in facts.items() if not _is_number(value)}
-        with self._never_lose_the_work():
-            log_tags(self.client, self.run_id, tags)
-            if manifest.step in {"ingest", "prepare"}:
-                log_dataset(self.client, self.run_id, manifest, self.settings)
-            if manifest.step == "prepare":
-                log_dataset(self.client, self.parent, manifest, self.settings)
-            if manifest.step == "evaluate":
-                self._log_headline(manifest)
+        self._attempt(lambda: self._record(manifest, tags))
 
     def end(self, status: str, reason: str = "") -> None:
         self._stopping.set()
         self._thread.join()
-        with self._never_lose_the_work():
-            self._end_system_metrics()
-            self._send()
-            if reason:
-                self.client.set_tag(self.run_id, "hllm.error", reason[:1000])
-            self.client.set_terminated(self.run_id, status)
-            if status != "FINISHED" or self.step == "evaluate":
-                self.client.set_terminated(self.parent, status)
+        self._attempt(lambda: self._close(status, reason))
+
+    def _record(self, manifest: Manifest, tags: Mapping[str, str]) -> None:
+        log_tags(self.client, self.run_id, tags)
+        if manifest.step in {"ingest", "prepare"}:
+            log_dataset(self.client, self.run_id, manifest, self.settings)
+        if manifest.step == "prepare":
+            log_dataset(self.client, self.parent, manifest, self.settings)
+        if manifest.step == "evaluate":
+            self._log_headline(manifest)
+
+    def _close(self, status: str, reason: str) -> None:
+        self._end_system_metrics()
+        self._send()
+        if reason:
+            self.client.set_tag(self.run_id, "hllm.error", reason[:1000])
+        self.client.set_terminated(self.run_id, status)
+        if status != "FINISHED" or self.step == "evaluate":
+            self.client.set_terminated(self.parent, status)
 
     def _log_headline(self, manifest: Manifest) -> None:
         path = Store(self.settings.run.root).folder(manifest.step, manifest.key) / "metrics.json"
@@ -196,10 +201,10 @@ class Tracker:
 
     def _send_regularly(self) -> None:
         while not self._stopping.wait(FLUSH_SECONDS):
-            try:
+            # Points stay buffered while the server is away: the next round sends them.
+            with contextlib.suppress(Exception):
+                server.wait_for(self.settings, seconds=0)
                 self._send()
-            except Exception as error:  # the points stay buffered: the next round sends them
-                self._warn(error)
 
     def _send(self) -> None:
         with self._sending:
@@ -212,10 +217,11 @@ class Tracker:
                 with self._buffer_lock:
                     del self._buffer[: len(batch)]
 
-    @contextmanager
-    def _never_lose_the_work(self) -> Iterator[None]:
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """The work is done by now: a server that stays away costs its record, never the work."""
         try:
-            yield
+            server.wait_for(self.settings, AWAY_SECONDS)
+            act()
         except Exception as error:
             self._warn(error)
 

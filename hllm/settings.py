@@ -290,6 +290,13 @@ class Runner(Section):
     """Retries of a step that failed with InfraError (75) or was terminated."""
 
 
+class Report(Section):
+    price_per_hour: float = Field(0.10, ge=0)
+    """What an hour of the machine costs, for the cost of each step (0.10 is about two cloud CPU cores); 0 leaves it out."""
+    currency: str = "USD"
+    """Currency of `price_per_hour`."""
+
+
 class Settings(Section):
     run: Run = Run()
     data: Data = Data()
@@ -300,6 +307,7 @@ class Settings(Section):
     embed: Embed = Embed()
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
+    report: Report = Report()
     mlflow: Mlflow = Mlflow()
     feast: Feast = Feast()
     release: Release = Release()

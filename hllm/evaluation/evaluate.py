@@ -35,7 +35,6 @@ POPULAR = "popular"
 def evaluate(context: Context) -> None:
     """Step: writes metrics.json, ranks.parquet and examples.json."""
     settings, prepared = context.settings, Prepared.open(context.inputs["prepare"])
-    (context.output / "curves.jsonl").unlink(missing_ok=True)
     held_out = HeldOut.of(prepared, PART)
     if not len(held_out):
         raise DataError(
@@ -104,10 +103,11 @@ def evaluate_package(
     """
     held_out = HeldOut.of(prepared, PART)
     ranks = rank_package(prepared, package, settings, held_out)
-    found = entry(settings, held_out, segments(prepared, held_out, settings.evaluation), ranks)
+    parts = segments(prepared, held_out, settings.evaluation)
+    found = entry(settings, held_out, parts, ranks)
     if candidate_folder is not None:
         mine = read_ranks(candidate_folder / "ranks.parquet", candidate_label(settings), held_out)
-        found["comparison"] = compare(settings, held_out, mine, ranks)
+        found["comparison"] = compare(settings, held_out, parts, mine, ranks)
     return found, rank_table("champion", held_out, ranks)
 
 
@@ -119,14 +119,11 @@ def _report_headline(context: Context, metrics: Mapping[str, Any]) -> None:
     }
     context.facts = {
         "candidate": metrics["candidate"],
+        "headline": metrics["headline"],
         "rows_without_history": metrics["rows_without_history"],
     }
-    for label, model in metrics["models"].items():
-        values = {name: figure["value"] for name, figure in model["overall"][metrics["headline"]].items()}
-        context.facts[label] = {name: round(value, 6) for name, value in values.items()}
-        context.log({f"{label}/{name}": value for name, value in values.items()}, at=0)
     candidate = metrics["models"][metrics["candidate"]]["overall"][metrics["headline"]]
-    context.log({name: figure["value"] for name, figure in candidate.items()}, at=0)
+    context.facts |= {name: round(figure["value"], 6) for name, figure in candidate.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hllm.errors import ConfigError, DataError
+from hllm.evaluation.names import metric_name, model_name
 from hllm.settings import Settings
 
 NAMES = {"popular": "most-popular", "sasrec-1": "SASRec", "champion": "the champion"}
@@ -70,7 +71,7 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
 
 
 def _rule(label: str, threshold: float, mine: float, other: float, metric: str, ratio: str) -> Rule:
-    name, shown = NAMES[label], _shown(metric)
+    name, shown = NAMES[label], metric_name(metric)
     if not threshold:
         return Rule(
             label, "reported", f"{shown} {mine:.4f}, {name} {other:.4f}{ratio}: reported, not required"
@@ -108,13 +109,9 @@ def _value(model: Mapping[str, Any] | None, label: str, metrics: Mapping[str, An
 
 
 def _headline(passed: bool, rules: list[Rule], mine: float, metric: str, metrics: Mapping[str, Any]) -> str:
-    measured = f"{_shown(metric)} {mine:.4f} on {metrics['rows']:,} held-out events"
+    name = model_name(metrics["candidate"])
+    measured = f"{metric_name(metric)} {mine:.4f} on {metrics['rows']:,} held-out events"
     if passed:
-        return f"{metrics['candidate']} passed the gate: {measured}"
+        return f"{name} passed the gate: {measured}"
     against = " and ".join(NAMES[rule.against] for rule in rules if rule.outcome == "failed")
-    return f"{metrics['candidate']} failed the gate against {against}: {measured}"
-
-
-def _shown(metric: str) -> str:
-    kind, _, cutoff = metric.partition("@")
-    return f"{ {'ndcg': 'NDCG', 'recall': 'Recall'}.get(kind, kind) }@{cutoff}"
+    return f"{name} failed the gate against {against}: {measured}"

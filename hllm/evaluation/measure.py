@@ -14,6 +14,8 @@ from hllm.evaluation.segments import segments
 from hllm.settings import Settings
 
 PART = "test"
+Parts = Mapping[str, np.ndarray]
+"""Segment -> which held-out events belong to it."""
 FILTERS = ("filtered", "unfiltered")
 
 
@@ -39,53 +41,52 @@ def measure(
         },
         "models": {label: entry(settings, held_out, parts, model) for label, model in ranks.items()},
         "comparisons": {
-            label: compare(settings, held_out, ranks[candidate], model)
+            label: compare(settings, held_out, parts, ranks[candidate], model)
             for label, model in ranks.items()
             if label != candidate and candidate in ranks
         },
     }
 
 
-def entry(
-    settings: Settings, held_out: HeldOut, parts: Mapping[str, np.ndarray], ranks: Ranks
-) -> dict[str, Any]:
+def entry(settings: Settings, held_out: HeldOut, parts: Parts, ranks: Ranks) -> dict[str, Any]:
     """One model's metrics, overall and by segment."""
 
-    def figures(chosen: np.ndarray | slice) -> dict[str, Any]:
-        users = held_out.users_R[chosen]
-        if not len(users):
-            return {name: {} for name in FILTERS}
-        evaluation = settings.evaluation
-        return {
-            name: evaluate_ranks(
-                ranks.choose(name == "filtered")[chosen],
-                users,
-                evaluation.cutoffs,
-                evaluation.bootstrap,
-                evaluation.confidence,
-                settings.run.seed,
-            )
-            for name in FILTERS
-        }
+    def figures(name: str, chosen: np.ndarray | slice) -> dict[str, Any]:
+        chosen_ranks = ranks.choose(name == FILTERS[0])[chosen]
+        return evaluate_ranks(chosen_ranks, held_out.users_R[chosen], **_sampling(settings))
 
     return {
-        "overall": figures(slice(None)),
-        "segments": {name: {"rows": int(chosen.sum()), **figures(chosen)} for name, chosen in parts.items()},
+        "overall": {name: figures(name, slice(None)) for name in FILTERS},
+        "segments": {
+            segment: {"rows": int(chosen.sum()), **{name: figures(name, chosen) for name in FILTERS}}
+            for segment, chosen in parts.items()
+        },
     }
 
 
-def compare(settings: Settings, held_out: HeldOut, mine: Ranks, other: Ranks) -> dict[str, Any]:
-    """Differences and ratios on the same events, with paired intervals."""
-    evaluation = settings.evaluation
+def compare(settings: Settings, held_out: HeldOut, parts: Parts, mine: Ranks, other: Ranks) -> dict[str, Any]:
+    """Differences and ratios on the same events with paired intervals, overall and by segment."""
+
+    def figures(name: str, chosen: np.ndarray | slice) -> dict[str, Any]:
+        my_ranks, other_ranks = (ranks.choose(name == FILTERS[0])[chosen] for ranks in (mine, other))
+        return compare_ranks(my_ranks, other_ranks, held_out.users_R[chosen], **_sampling(settings))
+
     return {
-        name: compare_ranks(
-            mine.choose(name == "filtered"),
-            other.choose(name == "filtered"),
-            held_out.users_R,
-            evaluation.cutoffs,
-            evaluation.bootstrap,
-            evaluation.confidence,
-            settings.run.seed,
-        )
-        for name in FILTERS
+        **{name: figures(name, slice(None)) for name in FILTERS},
+        "segments": {
+            segment: {
+                "users": len(np.unique(held_out.users_R[chosen])),
+                **{name: figures(name, chosen) for name in FILTERS},
+            }
+            for segment, chosen in parts.items()
+        },
+    }
+
+
+def _sampling(settings: Settings) -> dict[str, Any]:
+    return {
+        "cutoffs": settings.evaluation.cutoffs,
+        "samples": settings.evaluation.bootstrap,
+        "confidence": settings.evaluation.confidence,
+        "seed": settings.run.seed,
     }

@@ -44,7 +44,9 @@ def gains(ranks_R: Ints, cutoffs: Sequence[int]) -> Floats:
 def evaluate_ranks(
     ranks_R: Ints, users_R: Ints, cutoffs: Sequence[int], samples: int, confidence: float, seed: int
 ) -> dict[str, Interval]:
-    """Every metric with its interval."""
+    """Every metric with its interval; of no events at all, no metric."""
+    if not len(ranks_R):
+        return {}
     gains_RM = gains(ranks_R, cutoffs)
     means_BM = resampled_means(gains_RM, users_R, samples, seed)
     low, high = _bounds(means_BM, confidence)
@@ -65,6 +67,8 @@ def compare_ranks(
 ) -> dict[str, dict[str, Interval | None]]:
     """Difference and ratio of every metric between two models on the same events, resampled together.
     A ratio to nothing is None."""
+    if not len(ranks_R):
+        return {}
     pair = np.concatenate([gains(ranks_R, cutoffs), gains(other_R, cutoffs)], axis=1)
     means_BM = resampled_means(pair, users_R, samples, seed)
     half = pair.shape[1] // 2

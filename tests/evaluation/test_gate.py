@@ -56,7 +56,7 @@ def test_each_rule_decides_by_its_threshold(gate, values, champion, passed):
 def test_a_failure_names_the_rival_and_both_numbers():
     verdict = judge(settings(), metrics(), model(0.09))
     assert verdict.headline == (
-        "hllm-2 failed the gate against the champion: NDCG@10 0.0800 on 943 held-out events"
+        "HLLM stage 2 failed the gate against the champion: NDCG@10 0.0800 on 943 held-out events"
     )
     assert verdict.reasons[-1] == "NDCG@10 0.0800 does not exceed 0.98 x the champion's 0.0900"
 

@@ -1,0 +1,21 @@
+"""How models and metrics are called in front of people."""
+
+from __future__ import annotations
+
+from hllm.steps import FAMILIES
+
+FAMILY_NAMES = {"hllm": "HLLM", "sasrec": "SASRec"}
+
+
+def model_name(label: str) -> str:
+    """`hllm-2` -> `HLLM stage 2`; a family with one stage does not number it."""
+    if label in ("popular", "champion"):
+        return {"popular": "Most popular", "champion": "Champion"}[label]
+    family, _, stage = label.rpartition("-")
+    name = FAMILY_NAMES.get(family, family)
+    return f"{name} stage {stage}" if len(FAMILIES.get(family, ())) > 1 else name
+
+
+def metric_name(metric: str) -> str:
+    kind, _, cutoff = metric.partition("@")
+    return f"{ {'ndcg': 'NDCG', 'recall': 'Recall'}.get(kind, kind) }@{cutoff}"

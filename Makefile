@@ -18,6 +18,15 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-data.txt
 	@touch $@
 
+demo: setup  ## the real DAGs on MovieLens-100K, from log to champion, in ten minutes
+	$(BIN)/python -m hllm.demo --config $(CONFIG)
+
+ui: setup  ## the pages of Airflow and MLflow, until Ctrl-C
+	$(BIN)/python -m hllm.demo --config $(CONFIG) --ui
+
+stop: setup  ## end what demo or ui left running
+	$(BIN)/python -m hllm.demo --stop
+
 test: setup  ## every test (no root, no server installed beforehand)
 	$(BIN)/pytest -m "not slow"
 
@@ -28,4 +37,4 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.PHONY: help setup test test-slow lint
+.PHONY: help setup demo ui stop test test-slow lint

@@ -1,6 +1,7 @@
 """From raw log to a registered candidate: one task per step of `hllm plan`, in its order.
 
-Triggered by hand (or by whatever schedule you give it); its last task announces the candidate that starts `hllm_release`.
+Triggered by hand, or by whatever schedule you give it. Its last task announces the candidate that starts
+`hllm_release`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ with DAG(
             task_display_name=step.name,
             inlets=[outputs[need] for need in step.needs],
             outlets=[outputs[step.name]],
-            doc_md=f"**{step.title}**\n\n`hllm {' '.join(step.argv)}`\n\nDone already with the same settings and data: it says so and ends at once. "
-            "Stopped on its way: the next try continues.",
+            doc_md=f"**{step.title}**\n\n`hllm {' '.join(step.argv)}`\n\nDone already with the same settings "
+            "and data: it says so and ends at once. Stopped on its way: the next try continues.",
         )
         for need in step.needs:
             tasks[need] >> tasks[step.name]
@@ -60,6 +61,7 @@ with DAG(
         on_result=announce,
         inlets=[outputs["evaluate"]],
         outlets=[CANDIDATE],
-        doc_md="**MLflow version, gate, report, alias `candidate`**\n\n`hllm register`\n\nA failed gate ends the run with exit code 66; the version in MLflow says why.",
+        doc_md="**MLflow version, gate, report, alias `candidate`**\n\n`hllm register`\n\n"
+        "A failed gate ends the run with exit code 66; the version in MLflow says why.",
     )
     tasks["evaluate"] >> register

@@ -43,7 +43,7 @@ def announce(context: Context, result: str) -> None:
 
 
 def candidate_of(context: Context) -> Candidate:
-    """The one candidate of this release run: the newest event that started it, or the version typed in the form.
+    """The one candidate of this release run: the newest event that started it, or the version in its form.
 
     Events that came while another release waited are older candidates: their versions stay in MLflow.
     """
@@ -76,7 +76,7 @@ def body(candidate: Candidate) -> str:
         f"[The version in MLflow]({about['page']})" if about.get("page") else "",
         # A browser opens no file from a web page: the address of a local report is there to be copied.
         f"The report: `{about['report']}`" if about.get("report") else "",
-        "**Approve**: its vectors are published to Feast, read back and compared, and it becomes the champion. "
+        "**Approve**: its vectors are published to Feast, read back, compared, and it becomes the champion. "
         "**Reject**: nothing is published, and the version keeps your note.",
     ]
     return "\n\n".join(part for part in parts if part)

@@ -1,6 +1,6 @@
 """The trigger form, from the schema of the settings; and its answers, as environment variables.
 
-An answer never becomes part of a command line: it travels as `HLLM__SECTION__KEY`, which `hllm` reads and checks.
+An answer never becomes part of a command line: it travels as `HLLM__SECTION__KEY`, which `hllm` checks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OFFERED = {
     "SASRec": ("train.sasrec.epochs", "train.sasrec.steps"),
     "Gate": ("gate.min_vs_popular", "gate.min_vs_sasrec", "gate.min_vs_champion"),
 }
-"""Section of the form -> settings a person changes for one run. Everything else is changed in the settings file."""
+"""Section of the form -> settings a person changes for one run. All others stay in the settings file."""
 
 
 def config_path() -> str:
@@ -46,17 +46,19 @@ def params(current: Settings) -> dict[str, Param]:
             type="string",
             minLength=1,
             title="Settings file",
-            description="Path of the TOML file, from the repository's folder or absolute. It must have the steps drawn here.",
+            description="Path of the TOML file, from the repository's folder or absolute. "
+            "It must have the steps drawn here.",
         )
     }
     for section, names in OFFERED.items():
         for dotted in names:
             field = _schema_of(dotted)
+            about = field.pop("description", "").replace("`", "")
             found[dotted] = Param(
                 None,
                 section=section,
                 title=dotted,
-                description=f"{field.pop('description', '')} Empty: as in the settings file ({current.at(dotted)} in {config_path()}).",
+                description=f"{about} Empty: as the settings say ({current.at(dotted)} in {config_path()}).",
                 **field,
             )
     return found

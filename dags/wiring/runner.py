@@ -1,4 +1,4 @@
-"""How a task runs one `hllm` command. DAGs ask `hllm_task`; which runner the settings chose, they do not know."""
+"""How a task runs one `hllm` command. DAGs ask `hllm_task`, whatever runner the settings chose."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hllm.settings import Settings
 from wiring.form import ROOT
 
 RETRY_HELPS = {75, 128 + signal.SIGTERM, 128 + signal.SIGKILL}
-"""InfraError, and commands that somebody or something stopped from outside: the next try continues from a checkpoint."""
+"""InfraError, and commands stopped from outside: the next try continues from a checkpoint."""
 
 Environment = Callable[[Context], Mapping[str, str]]
 """What a command finds in its environment, known when the task runs."""
@@ -27,7 +27,7 @@ Environment = Callable[[Context], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its code, one line for people, and the result it left for the tasks after it (JSON), if any."""
+    """How a command ended: its code, one line for people, and the JSON it left for later tasks, if any."""
 
     exit_code: int
     line: str
@@ -46,7 +46,7 @@ class LocalProcess:
         with tempfile.TemporaryDirectory(prefix="hllm-") as folder:
             words = Path(folder, "last-words")
             words.touch()
-            # A session of its own: whoever kills the task's process group leaves a training run its time to checkpoint.
+            # A session of its own: whoever kills the task's process group leaves it time for a checkpoint.
             self._process = subprocess.Popen(
                 argv,
                 cwd=ROOT,
@@ -73,7 +73,7 @@ class LocalProcess:
             return Ended(exit_code, line or last, result)
 
     def stop(self) -> None:
-        """Ask it to stop. It finishes its unit of work, writes a checkpoint and ends; `run` waits for that."""
+        """Ask it to stop. It finishes its unit of work and checkpoints; `run` waits for that."""
         self._stopped = True
         if self._process and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)

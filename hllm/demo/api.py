@@ -49,6 +49,14 @@ class Api:
             self.post(f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
         )
 
+    def active_runs(self, dag: str) -> list[str]:
+        found = self.get(f"/api/v2/dags/{dag}/dagRuns?state=running&state=queued&limit=100")["dag_runs"]
+        return [str(run["dag_run_id"]) for run in found]
+
+    def give_up(self, dag: str, run: str) -> None:
+        """Mark a run as failed, so that the next one may start."""
+        self.patch(f"/api/v2/dags/{dag}/dagRuns/{quote(run, safe='')}", {"state": "failed"})
+
     def run_state(self, dag: str, run: str) -> str:
         return str(self.get(f"/api/v2/dags/{dag}/dagRuns/{quote(run, safe='')}")["state"])
 
@@ -56,11 +64,16 @@ class Api:
         found = self.get(f"/api/v2/dags/{dag}/dagRuns/{quote(run, safe='')}/taskInstances?limit=100")
         return list(found["task_instances"])
 
+    def task_state(self, dag: str, run: str, task: str) -> str:
+        path = f"/api/v2/dags/{dag}/dagRuns/{quote(run, safe='')}/taskInstances/{task}"
+        return str(self.get(path)["state"])
+
     def ended(self, dag: str, run: str, task: str) -> dict[str, Any]:
         """How a task's command ended: `exit_code` and `line`; empty when it left nothing."""
         try:
             entry = self.get(
-                f"/api/v2/dags/{dag}/dagRuns/{quote(run, safe='')}/taskInstances/{task}/xcomEntries/ended?deserialize=true"
+                f"/api/v2/dags/{dag}/dagRuns/{quote(run, safe='')}/taskInstances/{task}"
+                "/xcomEntries/ended?deserialize=true"
             )
         except ConfigError:
             return {}
@@ -117,7 +130,7 @@ class Api:
                     return json.loads(text) if text else None
             except urllib.error.HTTPError as error:
                 detail = error.read().decode("utf-8", "replace")[:500]
-                # A database busy with a scheduler's write is no reason to give up; only reads are safe to repeat.
+                # A database busy with the scheduler's write is no reason to give up; reads are safe to repeat.
                 if error.code < 500 or method != "GET" or time.monotonic() > deadline:
                     kind = InfraError if error.code >= 500 else ConfigError
                     raise kind(

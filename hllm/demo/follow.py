@@ -46,9 +46,7 @@ def follow(
             name = task["task_id"]
             if task["state"] == "up_for_retry" and (name, task["try_number"]) not in retried:
                 retried.add((name, task["try_number"]))
-                say(
-                    f"  {name:<16} stopped, tries again by itself: {api.ended(dag, run, name).get('line', '')}"
-                )
+                say(f"  {name:<16} tries again by itself: {api.ended(dag, run, name).get('line', '')}")
             if task["state"] in FINISHED and name not in seen:
                 seen.add(name)
                 _tell(api, dag, run, task, home, say)
@@ -104,7 +102,7 @@ def release_run(api: Api, train_run: str, seconds: float = 30.0) -> str:
 
 
 class Approver:
-    """Watches for the approval request: answers it where the settings say so, else says where a person can."""
+    """Watches for the approval request: answers it if the settings say so, else says where a person can."""
 
     def __init__(self, api: Api, settings: Settings, run: str, say: Callable[[str], Any]) -> None:
         self.api, self.settings, self.run, self.say = api, settings, run, say
@@ -124,7 +122,7 @@ class Approver:
             self.say(f"  approve          a person is asked: {page}")
             if not self.settings.release.approve_automatically:
                 self.say(
-                    f"                   waiting for an answer there, at most {self.settings.release.timeout_hours:g} hours"
+                    f"{'':<18} waiting for an answer, at most {self.settings.release.timeout_hours:g} hours"
                 )
         if (
             self.settings.release.approve_automatically
@@ -133,6 +131,6 @@ class Approver:
             name = self.settings.release.approved_by
             self.api.approve("hllm_release", self.run, "approve", "release.approve_automatically is true")
             self.say(
-                f"  approve          answered with Approve in the name {name!r}: release.approve_automatically is true"
+                f"  approve          Approve, in the name {name!r}: release.approve_automatically is true"
             )
             self._answered = True

@@ -1,4 +1,4 @@
-"""The processes behind `make demo` and `make ui`: started on loopback, ready when they answer, stopped by their ids."""
+"""The processes behind `make demo` and `make ui`: started on loopback, ended by their ids."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STOP_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Airflow:
-    """A running Airflow: where it is, and the names it knows. Written to its home, so that the next command finds it."""
+    """A running Airflow: where it is, and who started it. Kept in its home, for the next command to find."""
 
     url: str
     home: str
@@ -51,6 +51,7 @@ class Processes:
         self.logs = logs
         self.logs.mkdir(parents=True, exist_ok=True)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._record = self.logs / f"{os.getpid()}.json"
 
     def start(self, name: str, argv: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         with self._log(name).open("ab") as log:
@@ -64,6 +65,11 @@ class Processes:
                 start_new_session=True,
             )
         self._running[name] = process
+        record = {
+            "owner": _identity(os.getpid()),
+            "started": [_identity(each.pid) for each in self._running.values()],
+        }
+        write_atomically(self._record, json.dumps(record).encode())
         return process
 
     def check(self) -> None:
@@ -90,22 +96,40 @@ class Processes:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Children first noted, then everybody asked to end, then made to: steps get the time for a checkpoint."""
-        family: dict[int, psutil.Process] = {}
-        for process in self._running.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                head = psutil.Process(process.pid)
-                family.update({each.pid: each for each in (head, *head.children(recursive=True))})
-        for act, seconds in ((psutil.Process.terminate, STOP_SECONDS), (psutil.Process.kill, 5.0)):
-            for each in family.values():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    act(each)
-            _, alive = psutil.wait_procs(list(family.values()), timeout=seconds)
-            family = {each.pid: each for each in alive}
+        end([process.pid for process in self._running.values()])
         self._running.clear()
+        self._record.unlink(missing_ok=True)
 
     def _log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
+
+
+def end(pids: list[int]) -> None:
+    """Children first noted, then all asked to end, then made to: steps get the time for a checkpoint."""
+    family: dict[int, psutil.Process] = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            head = psutil.Process(pid)
+            family.update({each.pid: each for each in (head, *head.children(recursive=True))})
+    for act, seconds in ((psutil.Process.terminate, STOP_SECONDS), (psutil.Process.kill, 5.0)):
+        for each in family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                act(each)
+        _, alive = psutil.wait_procs(list(family.values()), timeout=seconds)
+        family = {each.pid: each for each in alive}
+
+
+def end_leftovers(logs: Path) -> int:
+    """End what a killed `make demo` or `make ui` could not end itself; how many processes that were."""
+    ended = 0
+    for record in logs.glob("*.json"):
+        found = json.loads(record.read_text("utf-8"))
+        if not _lives(found["owner"]):
+            left = [pid for pid, started in found["started"] if _lives((pid, started))]
+            end(left)
+            ended += len(left)
+            record.unlink(missing_ok=True)
+    return ended
 
 
 @contextlib.contextmanager
@@ -148,7 +172,7 @@ def start_airflow(group: Processes, settings: Settings, config: str, home: Path,
     # Its workers' log server would listen on every interface; the web server reads the log files itself.
     group.start("airflow-scheduler", [*airflow, "scheduler", "--skip-serve-logs"], environment)
     group.wait_for("Airflow", lambda: _healthy(url))
-    running = Airflow(url, str(home), os.getpid(), psutil.Process().create_time())
+    running = Airflow(url, str(home), *_identity(os.getpid()))
     write_atomically(home / "running.json", json.dumps(asdict(running)).encode())
     return running
 
@@ -157,10 +181,9 @@ def running_airflow(home: Path) -> Airflow | None:
     """The Airflow that a living `make ui` or `make demo` started in this home."""
     try:
         found = Airflow(**json.loads((home / "running.json").read_text("utf-8")))
-        alive = psutil.Process(found.pid).create_time() == found.started
-    except (FileNotFoundError, ValueError, TypeError, psutil.NoSuchProcess):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    return found if alive and _healthy(found.url) else None
+    return found if _lives((found.pid, found.started)) and _healthy(found.url) else None
 
 
 def start_mlflow(group: Processes, settings: Settings, wish: int = 5000) -> str:
@@ -183,7 +206,7 @@ def start_mlflow(group: Processes, settings: Settings, wish: int = 5000) -> str:
 
 
 def airflow_environment(settings: Settings, config: str, home: Path, url: str) -> dict[str, str]:
-    """Everything that makes a bare Airflow this one. Secrets are made once per home and readable by their owner only."""
+    """Everything that makes a bare Airflow this one. Its secrets are made once, for their owner to read."""
     key = _secret(home / "secret")
     airflow = {
         "CORE__DAGS_FOLDER": str(ROOT / "dags"),
@@ -201,7 +224,7 @@ def airflow_environment(settings: Settings, config: str, home: Path, url: str) -
         "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
         "LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "DAG_PROCESSOR__PARSING_PROCESSES": "1",
-        # DAG files do not change while a demo runs; parsing them again and again would take a core from training.
+        # DAG files do not change while a demo runs; parsing them again would take a core from training.
         "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "120",
         "DAG_PROCESSOR__REFRESH_INTERVAL": "60",
         "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
@@ -213,7 +236,7 @@ def airflow_environment(settings: Settings, config: str, home: Path, url: str) -
         **{f"AIRFLOW__{name}": value for name, value in airflow.items()},
         "AIRFLOW_HOME": str(home),
         "HLLM_CONFIG": config,
-        # Linux only: a forked child must not look up proxies through system frameworks; and loopback needs no proxy.
+        # The parts of Airflow speak to each other over loopback, whatever proxy this machine uses.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy"), HOST))),
     }
 
@@ -227,6 +250,18 @@ def free_port(wish: int) -> int:
                 probe.bind((HOST, port))
                 return port
     raise InfraError(f"no free port between {wish} and {wish + 49}", where=HOST)
+
+
+def _identity(pid: int) -> tuple[int, float]:
+    """A process id alone may have been given to somebody else since."""
+    return pid, psutil.Process(pid).create_time()
+
+
+def _lives(identity: tuple[int, float]) -> bool:
+    try:
+        return psutil.Process(identity[0]).create_time() == identity[1]
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _users(settings: Settings) -> list[str]:

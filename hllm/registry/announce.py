@@ -1,4 +1,4 @@
-"""What a registered version says to whoever releases it: small enough for a termination message (4 KB in Kubernetes)."""
+"""What a registered version says to whoever releases it, within the 4 KB of a termination message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DESCRIPTION_LIMIT = 2800
 
 
 def announcement(settings: Settings, version: int) -> dict[str, Any]:
-    """The version, its verdict and links that work outside MLflow's own page; `serves` when it is the champion already."""
+    """The version, its verdict, links that work outside MLflow's pages; `serves`: it is the champion."""
     info = versions.registered_version(settings, str(version))
     last = versions.last_promoted(settings)
     pages = server.page_root(settings)

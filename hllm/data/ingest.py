@@ -87,7 +87,7 @@ def _first(batches: Iterator[pa.RecordBatch], where: str) -> pa.RecordBatch:
     for batch in batches:
         if batch.num_rows:
             return batch
-    raise DataError("has a header but no rows", where=where)
+    raise DataError("has no rows", where=where)
 
 
 def _chained(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

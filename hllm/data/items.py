@@ -106,7 +106,7 @@ def _require_room_for_text(encode: Any, settings: Prepare) -> None:
     (prompt,) = encode([settings.prompt]) if settings.prompt else ([],)
     if len(prompt) >= settings.max_tokens:
         raise ConfigError(
-            f"prepare.prompt takes {len(prompt)} of the {settings.max_tokens} tokens kept: no item text is left",
+            f"prepare.prompt takes {len(prompt)} of {settings.max_tokens} tokens: no item text is left",
             remedy="Shorten prepare.prompt or raise prepare.max_tokens.",
         )
 

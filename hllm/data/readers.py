@@ -205,11 +205,15 @@ class _IdReader:
 def _refuse_reserved(columns: Columns) -> None:
     from hllm.data.schema import RESERVED
 
+    # Names are compared as DuckDB does, without regard to case.
+    folded = [text.casefold() for text in columns.texts]
     for text in columns.texts:
-        if text in RESERVED:
-            raise ConfigError(
-                f"data.columns.texts: {text!r} is a name of ours; rename the column in the items file"
-            )
+        if text.casefold() in RESERVED:
+            raise ConfigError(f"data.columns.texts: {text!r} is a name of ours; rename it in the items file")
+        if folded.count(text.casefold()) > 1:
+            raise ConfigError(f"data.columns.texts names {text!r} twice")
+    if not columns.texts:
+        raise ConfigError("data.columns.texts is empty: an item is its text")
 
 
 # ---- movielens ----
@@ -264,7 +268,7 @@ def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
 
     catalogue = _json_object(source.items_path, source.items_at, dict)
     fields = list(dict.fromkeys(field for item in catalogue.values() for field in item))
-    if taken := [field for field in fields if field in RESERVED]:
+    if taken := [field for field in fields if field.casefold() in RESERVED]:
         raise DataError(
             f"has a field {taken[0]!r}, which is a name of ours; rename it", where=source.items_at
         )

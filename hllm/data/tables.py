@@ -130,10 +130,11 @@ class _readable:
                     f"has a row longer than {BLOCK_BYTES >> 20} MiB: probably a quote that is never closed",
                     where=self.name,
                 ) from None
+        remedy = "Is the file complete? Write it again, or copy it again from its source."
+        if "Expected" in message:
+            remedy = "A value with a delimiter or a line break in it must be quoted, and every quote closed."
         raise DataError(
-            f"cannot be read as {self.kind}: {message[:300]}",
-            where=self.name,
-            remedy="Is the file complete? Write it again, or copy it again from its source.",
+            f"cannot be read as {self.kind}: {message[:300]}", where=self.name, remedy=remedy
         ) from None
 
 

@@ -1,6 +1,6 @@
 """`hllm validate`: Great Expectations over both tables; rows that break a rule go to quarantine.
 
-Every row of the ingested tables ends in exactly one file: the valid table or `quarantine/TABLE_REASON.parquet`,
+Every row of the ingested tables ends in one file, the valid table or `quarantine/TABLE_REASON.parquet`:
 untouched, with the first reason that applies. Past a rule's limit the step fails; the files stay to be seen.
 """
 

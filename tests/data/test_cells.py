@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hllm.data import cells
+from hllm.errors import DataError
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1, 2, None], pa.int32()),
+        pa.array([1.0, 2.0, None]),
+        pa.array([1.0, 2.0, math.nan]),
+        pa.array(["1", "2", None]),
+        pa.array(["1", "2", None], pa.large_string()),
+        pa.array(["1", "2", None]).dictionary_encode(),
+        pa.array([b"1", b"2", None]),
+    ],
+)
+def test_an_id_is_the_same_string_however_it_is_stored(column: pa.Array) -> None:
+    assert cells.ids(column, "here").to_pylist() == ["1", "2", None]
+
+
+def test_ids_that_lost_digits_to_floating_point_are_refused() -> None:
+    with pytest.raises(DataError, match="2\\^53"):
+        cells.ids(pa.array([2.0**60, 1.0]), "here")
+
+
+def test_ids_of_an_impossible_type_are_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"log\.parquet, column user: holds list"):
+        cells.ids(pa.array([[1], [2]]), "log.parquet, column user")
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(-(2**62), 2**62)), max_size=30))
+def test_integer_times_mean_the_same_as_numbers_and_as_text(values: list[int | None]) -> None:
+    as_text = pa.array([None if value is None else str(value) for value in values], pa.string())
+    for unit in ("s", "ms", "us"):
+        from_numbers, bad = cells.seconds(pa.array(values, pa.int64()), unit, "here")
+        from_text, bad_text = cells.seconds(as_text, unit, "here")
+        per_second = cells.PER_SECOND[unit]
+        assert from_numbers.to_pylist() == [
+            None if value is None else value // per_second for value in values
+        ]
+        assert from_text.to_pylist() == from_numbers.to_pylist()
+        assert bad.null_count == bad_text.null_count == len(values)
+
+
+def test_a_cell_that_is_no_time_keeps_its_text() -> None:
+    cells_in = pa.array(
+        ["881250949", "881250949.9", "8.81250949e8", "soon", "", None, "nan", "inf", "9" * 30]
+    )
+    times, raw = cells.seconds(cells_in, "s", "here")
+    assert times.to_pylist() == [881250949, 881250949, 881250949, None, None, None, None, None, None]
+    assert raw.to_pylist() == [None, None, None, "soon", None, None, None, "inf", "9" * 30]
+
+
+def test_iso_times_are_utc_unless_they_name_a_zone() -> None:
+    column = pa.array(["2024-03-01T00:00:00", "2024-03-01T09:00:00+09:00", "2024-03-01", "01/03/2024"])
+    times, raw = cells.seconds(column, "iso", "here")
+    midnight = int(datetime(2024, 3, 1, tzinfo=UTC).timestamp())
+    assert times.to_pylist() == [midnight, midnight, midnight, None]
+    assert raw.to_pylist() == [None, None, None, "01/03/2024"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.timestamp("s"), pa.timestamp("ns"), pa.timestamp("us", "UTC"), pa.timestamp("ms", "Asia/Tokyo")],
+)
+def test_typed_timestamps_need_no_unit(kind: pa.DataType) -> None:
+    column = pa.array([1_600_000_000], pa.int64()).cast(pa.timestamp("s")).cast(pa.timestamp(kind.unit))
+    typed = pa.array(column.cast(pa.int64()).to_pylist(), kind)
+    assert cells.seconds(typed, "s", "here")[0].to_pylist() == [1_600_000_000]
+
+
+def test_labels_are_read_from_numbers_texts_and_truth_values() -> None:
+    values, raw = cells.labels(pa.array(["0", "1.0", "true", "", "maybe", "0.5", "7"]), "here")
+    assert values.to_pylist() == [0, 1, 1, None, None, None, 7]
+    assert raw.to_pylist() == [None, None, None, None, "maybe", "0.5", None]
+    assert cells.labels(pa.array([True, False, None]), "here")[0].to_pylist() == [1, 0, None]
+
+
+def test_a_list_of_texts_is_one_text() -> None:
+    assert cells.texts(pa.array([["a", "b"], [], None]), "here").to_pylist() == ["a, b", "", None]
+    assert cells.texts(pa.array([1995.0, None]), "here").to_pylist() == ["1995", None]

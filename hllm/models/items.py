@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.models.packing import Packing, ragged, run_packed
+from hllm.models.packing import Packing, ragged, run_packed_to_last
 
 # K distinct items, T tokens, D vector width
 Items = npt.NDArray[np.integer]
@@ -62,7 +62,7 @@ class TextItems(nn.Module):
         inputs_TD = words.new_empty(packing.tokens, self.width)
         inputs_TD = inputs_TD.index_copy(0, word_positions, words)
         inputs_TD = inputs_TD.index_copy(0, item_positions, self.item_token.expand(len(order), -1).to(words.dtype))
-        sorted_KD = run_packed(self.decoder, inputs_TD, packing)[item_positions]
+        sorted_KD = run_packed_to_last(self.decoder, inputs_TD, packing)
         back = torch.from_numpy(np.argsort(order, kind="stable")).to(device)
         return F.normalize(sorted_KD[back].float(), dim=-1)
 

@@ -79,9 +79,11 @@ def info_nce(outputs_TD: Tensor, targets_TD: Tensor, negatives_ND: Tensor, own_T
     A negative does not count where it is one of the user's own items (`own_TN`), or where its cosine to the target
     exceeds `false_negative_cosine` (a twin of the target under another id).
     """
-    positive_T = (outputs_TD * targets_TD).sum(-1) * scale
-    negative_TN = outputs_TD @ negatives_ND.T * scale
-    with torch.no_grad():
-        excluded_TN = own_TN | (targets_TD @ negatives_ND.T > false_negative_cosine)
-    negative_TN = negative_TN.masked_fill(excluded_TN, EXCLUDED)
-    return F.softplus(negative_TN.logsumexp(-1) - positive_T).mean()
+    with torch.autocast(outputs_TD.device.type, enabled=False):  # a logit of up to 100 keeps one decimal in bf16
+        outputs_TD, targets_TD, negatives_ND = outputs_TD.float(), targets_TD.float(), negatives_ND.float()
+        positive_T = (outputs_TD * targets_TD).sum(-1) * scale
+        negative_TN = outputs_TD @ negatives_ND.T * scale
+        with torch.no_grad():
+            excluded_TN = own_TN | (targets_TD @ negatives_ND.T > false_negative_cosine)
+        negative_TN = negative_TN.masked_fill(excluded_TN, EXCLUDED)
+        return F.softplus(negative_TN.logsumexp(-1) - positive_T).mean()

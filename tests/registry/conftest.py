@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from hllm.registry import server
 from hllm.settings import Mlflow, Run, Settings
+from tests.conftest import free_port
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +99,3 @@ def _servers(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterat
 def mlflow_server(_servers: Callable[[], Server]) -> Server:
     """Starting one takes ten seconds, so tests share it; one that a test has stopped is replaced."""
     return _servers()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

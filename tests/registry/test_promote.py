@@ -67,7 +67,7 @@ def test_promoting_twice_changes_nothing(settings: Settings, capsys: pytest.Capt
 @pytest.mark.parametrize("publication", ["absent", "publishing", "published"])
 def test_a_version_that_is_not_verified_cannot_be_promoted(settings: Settings, publication: str) -> None:
     stand(settings, publication=publication)
-    with pytest.raises(GateError, match=f"not fully published .publication = {publication}") as error:
+    with pytest.raises(GateError, match="not fully published") as error:
         promote(settings, "1", by="ada")
     assert "hllm verify --version 1" in str(error.value)
     assert versions.champion(settings) is None

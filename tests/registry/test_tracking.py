@@ -14,7 +14,8 @@ from hllm.errors import ConfigError, DataError, InfraError, Terminated
 from hllm.registry import server, tracking
 from hllm.registry.tracking import child_run
 from hllm.settings import Mlflow, Settings
-from tests.registry.conftest import Server, free_port
+from tests.conftest import free_port
+from tests.registry.conftest import Server
 
 PIPELINE = "0123456789abcdef"
 

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from hllm import doctor
+from hllm.doctor import examine
+from hllm.errors import ConfigError, InfraError
+from hllm.settings import Settings
+from tests.conftest import S3, free_port
+
+Build = Callable[..., Settings]
+
+
+@pytest.fixture(autouse=True)
+def _no_server_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def of(settings: Settings) -> dict[str, doctor.Finding]:
+    return {finding.what: finding for finding in examine(settings)}
+
+
+def test_a_machine_with_everything_is_told_so(
+    tiny_settings: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor.doctor(tiny_settings())
+    said = capsys.readouterr().out
+    assert "everything that these settings need is here" in said
+    for what in (
+        "Python",
+        "packages",
+        "memory",
+        "disk",
+        "CPU",
+        "GPU",
+        "MLflow",
+        "Feast registry",
+        "online store",
+    ):
+        assert what in said
+
+
+def test_what_the_settings_lack_is_a_configuration_error(
+    tiny_settings: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {
+        "data.items": str(tmp_path / "nowhere.parquet"),
+        "model.user_llm": {"backbone": "package:nosuch/x.gguf"},
+    }
+    with pytest.raises(ConfigError, match="missing: data source, model.user_llm") as error:
+        doctor.doctor(tiny_settings(**sets))
+    assert error.value.exit_code == 64
+    said = capsys.readouterr().out
+    assert "package nosuch is not installed" in said
+    assert "no such file" in said
+
+
+def test_services_that_are_away_are_an_error_that_a_retry_helps(
+    tiny_settings: Build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada:hunter2@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("HLLM_FEAST_PASSWORD", "swordfish")
+    sets = {
+        "feast.registry": f"postgresql+psycopg://hllm@127.0.0.1:{free_port()}/feast",
+        "feast.online": "redis",
+        "feast.online_url": f"127.0.0.1:{free_port()}",
+    }
+    with pytest.raises(InfraError, match="missing: MLflow, Feast registry, online store") as error:
+        doctor.doctor(tiny_settings(**sets))
+    assert error.value.exit_code == 75
+    said = capsys.readouterr().out + str(error.value)
+    assert "hunter2" not in said
+    assert "swordfish" not in said
+
+
+def test_s3_is_asked_for_every_bucket_in_the_settings(tiny_settings: Build, s3: S3) -> None:
+    there = f"{s3.bucket('models')}/hllm"
+    found = of(tiny_settings(**{"run.root": there, "mlflow.artifact_root": "s3://forgotten/art"}))
+    assert found["s3://models"].state == "ok"
+    assert found["s3://forgotten"].state == "missing"
+
+
+def test_a_package_that_is_not_installed_is_named(
+    tiny_settings: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = doctor.version
+
+    def without_duckdb(name: str) -> str:
+        if name == "duckdb":
+            raise PackageNotFoundError(name)
+        return "1.0" if name == "pyarrow" else real(name)
+
+    monkeypatch.setattr(doctor, "version", without_duckdb)
+    found = of(tiny_settings())["packages"]
+    assert (found.state, found.remedy) == ("missing", "make setup")
+    assert "duckdb is not installed" in found.found
+    assert "pyarrow 1.0 is not >=25" in found.found
+
+
+def test_too_little_memory_or_disk_is_said(tiny_settings: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MEMORY_GIB", 1e6)
+    monkeypatch.setattr(doctor, "DISK_GIB", 1e9)
+    found = of(tiny_settings())
+    assert found["memory"].state == found["disk"].state == "missing"
+    assert "At least 1e+06 GiB" in found["memory"].remedy
+
+
+def test_more_threads_than_cores_get_a_note(tiny_settings: Build) -> None:
+    found = of(tiny_settings(**{"run.threads": 4096}))["CPU"]
+    assert (found.state, found.remedy) == ("note", "run.threads = 0 uses every core once.")

@@ -13,7 +13,7 @@ of the target's score are computed again in float64. So neither the block size n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,15 @@ class HeldOut:
 
     def __len__(self) -> int:
         return len(self.targets_R)
+
+    def take(self, rows: Ints) -> HeldOut:
+        return replace(
+            self,
+            users_R=self.users_R[rows],
+            positions_R=self.positions_R[rows],
+            starts_R=self.starts_R[rows],
+            targets_R=self.targets_R[rows],
+        )
 
     def blocks(self, size: int = BLOCK_USERS) -> Iterator[slice]:
         for start in range(0, len(self), size):

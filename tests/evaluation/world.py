@@ -62,3 +62,18 @@ def random_histories(rng: np.random.Generator, users: int, items: int, longest: 
 def unit(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
     vectors = rng.standard_normal((rows, width)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class SmallPackage:
+    """A deployable model whose user vector is the mean of the vectors of what the user had."""
+
+    def __init__(self, item_ids: list[str], item_vectors: np.ndarray) -> None:
+        self.item_ids, self.item_vectors = item_ids, item_vectors
+        self.row_of = {item_id: row for row, item_id in enumerate(item_ids)}
+
+    def user_vectors(self, histories: list[list[str]]) -> np.ndarray:
+        means = [
+            self.item_vectors[[self.row_of[item_id] for item_id in history]].mean(axis=0)
+            for history in histories
+        ]
+        return np.stack(means).astype(np.float32)

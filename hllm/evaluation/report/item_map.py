@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,38 +32,41 @@ class ItemMap:
     items: int
 
 
-def item_map(prepared: Prepared, vectors_ID: npt.NDArray[np.float32], seed: int) -> ItemMap:
-    table = prepared.item_table()
+def item_map(prepared: Prepared, vectors: Path, seed: int) -> ItemMap:
+    """From the folder of an item cache; only the vectors that are shown are read."""
+    import pyarrow.parquet as parquet
+
+    names = parquet.read_schema(prepared.folder / "items.parquet").names
+    category = next((name for name in CATEGORY_COLUMNS if name in names), None)
+    table = prepared.item_table(["title", "train_events", *([category] if category else [])])
+    rows = _chosen(table["train_events"].to_numpy(), seed)
+    table = table.take(rows)
     titles, events = table["title"].to_pylist(), table["train_events"].to_numpy()
-    rows = _chosen(events, seed)
-    place_I2, share = principal_components(vectors_ID)
-    by, names, kind_I = _colours(table, events)
-    sizes_I = 1.8 + 2.4 * np.sqrt(events / max(events.max(), 1))
+    place_N2, share = principal_components(read_vectors(vectors, rows))
+    by, legend, kind_N = _colours(table[category].to_pylist() if category else [], category, events)
+    sizes_N = 1.8 + 2.4 * np.sqrt(events / max(events.max(), 1))
     dots = [
-        Dot(
-            float(place_I2[row, 0]),
-            float(place_I2[row, 1]),
-            int(kind_I[row]),
-            float(sizes_I[row]),
-            titles[row] or f"item {row}",
-        )
-        for row in rows
+        Dot(float(x), float(y), int(kind), float(size), title or f"item {row}")
+        for (x, y), kind, size, title, row in zip(place_N2, kind_N, sizes_N, titles, rows, strict=True)
     ]
-    famous = np.argsort(-events[rows], kind="stable")[:80].tolist()
     picture = scatter(
         "Item vectors in two dimensions",
         f"first principal component ({share[0]:.0%} of the variance)",
         f"second principal component ({share[1]:.0%})",
         dots,
-        famous,
+        np.argsort(-events, kind="stable")[:80].tolist(),
     )
-    return ItemMap(picture, names, by, len(rows), len(titles))
+    return ItemMap(picture, legend, by, len(rows), prepared.items)
 
 
-def item_vectors(folder: Path) -> npt.NDArray[np.float32]:
-    return np.concatenate(
-        [np.load(path, allow_pickle=False) for path in sorted(folder.glob("vectors-*.npy"))]
-    )
+def read_vectors(folder: Path, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Chosen rows (ascending) of an item cache, shard by shard."""
+    found, start = [], 0
+    for path in sorted(folder.glob("vectors-*.npy")):
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        found.append(shard[rows[(rows >= start) & (rows < start + len(shard))] - start])
+        start += len(shard)
+    return np.concatenate(found)
 
 
 def principal_components(vectors_ID: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], list[float]]:
@@ -85,27 +89,20 @@ def _chosen(events: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
     return np.sort(np.concatenate([known, drawn]))
 
 
-def _colours(table, events: npt.NDArray[np.int64]) -> tuple[str, list[str], npt.NDArray[np.int64]]:  # type: ignore[no-untyped-def]
-    column = next((name for name in CATEGORY_COLUMNS if name in table.column_names), None)
-    if column:
-        values = [first_category(value, words=column in WORD_COLUMNS) for value in table[column].to_pylist()]
-        found, counts = np.unique([value for value in values if value], return_counts=True)
-        common = [str(name) for name in found[np.argsort(-counts, kind="stable")][:COLOURS]]
-        if len(common) > 1:
-            number_of = {name: number for number, name in enumerate(common)}
-            return (
-                f"the first of its {column}" if column.endswith("s") else f"its {column}",
-                [*common, "other"],
-                np.array([number_of.get(value, COLOURS) for value in values]),
-            )
-    limits = (
-        [0, *np.unique(np.quantile(events[events > 0], [0.5, 0.9])).astype(int).tolist()]
-        if events.any()
-        else [0]
-    )
-    popularity = [f"at most {limit:,} training events" for limit in limits] + [f"more than {limits[-1]:,}"]
-    kinds = np.searchsorted(limits, events, side="left")
-    return "popularity", popularity, kinds.astype(np.int64)
+def _colours(
+    values: list[str | None], column: str | None, events: npt.NDArray[np.int64]
+) -> tuple[str, list[str], npt.NDArray[np.int64]]:
+    """What colour means, the names of the colours, and the colour of each item: category, else popularity."""
+    firsts = [first_category(value, words=column in WORD_COLUMNS) for value in values]
+    common = [name for name, _ in Counter(filter(None, firsts)).most_common(COLOURS)]
+    if column and len(common) > 1:
+        number_of = {name: number for number, name in enumerate(common)}
+        by = f"the first of its {column}" if column.endswith("s") else f"its {column}"
+        return by, [*common, "other"], np.array([number_of.get(first, COLOURS) for first in firsts])
+    some = events[events > 0]
+    limits = [0, *np.unique(np.quantile(some, [0.5, 0.9]).astype(int)).tolist()] if len(some) else [0]
+    names = [f"at most {limit:,} training events" for limit in limits] + [f"more than {limits[-1]:,}"]
+    return "popularity", names, np.searchsorted(limits, events, side="left").astype(np.int64)
 
 
 def first_category(value: object, words: bool = False) -> str:

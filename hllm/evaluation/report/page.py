@@ -45,6 +45,7 @@ def write_report(
     models = models_in_order(metrics, champion)
     against = comparisons(metrics, champion)
     validation = validation_rows(folders.get("validate"))
+    links = {name: url for name, url in links.items() if _is_safe(url)}
     other = "unfiltered" if metrics["headline"] == "filtered" else "filtered"
     values = {
         "name": settings.run.name,
@@ -68,7 +69,7 @@ def write_report(
         "map": _map(settings, folders),
         "examples": _examples(folders),
         "costs": cost_table(settings, manifests),
-        "links": {name: url for name, url in links.items() if _is_safe(url)},
+        "links": links,
         "made": max((manifest.created_at for manifest in manifests.values()), default=""),
         "code_version": next((manifest.code_version for manifest in manifests.values()), ""),
     }
@@ -116,14 +117,14 @@ def _tiles(
 
 
 def _map(settings: Settings, folders: Mapping[str, Path]) -> Any:
-    from hllm.evaluation.report.item_map import item_map, item_vectors
+    from hllm.evaluation.report.item_map import item_map
 
     vectors = folders.get(f"embed-{settings.model.family}-1")
     if vectors is None or "prepare" not in folders:
         return None
     from hllm.data.prepared import Prepared
 
-    return item_map(Prepared.open(folders["prepare"]), item_vectors(vectors), settings.run.seed)
+    return item_map(Prepared.open(folders["prepare"]), vectors, settings.run.seed)
 
 
 def _examples(folders: Mapping[str, Path]) -> list[dict[str, Any]]:

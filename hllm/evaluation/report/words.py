@@ -25,11 +25,9 @@ def segment_limit(segment: str, limits: Mapping[str, int]) -> str:
     cold, tail = limits[f"{kind}:cold"], limits[f"{kind}:long_tail"]
     if name == "cold":
         return f"at most {cold:,} training events" if cold else "no training events"
-    return (
-        f"{cold + 1:,} to {tail:,} training events"
-        if name == "long_tail"
-        else f"more than {max(cold, tail):,}"
-    )
+    if name == "other":
+        return f"more than {max(cold, tail):,} training events"
+    return f"{cold + 1:,} to {tail:,} training events"
 
 
 def duration(seconds: float) -> str:

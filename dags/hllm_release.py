@@ -89,7 +89,7 @@ with DAG(
             )
         },
         response_timeout=timedelta(hours=settings.release.timeout_hours),
-        doc_md="**A person decides.** Nobody in `release.timeout_hours`: the run fails, nothing is published.",
+        doc_md="**A person decides.** Nobody in `release.timeout_hours`: the run fails.",
     )
     publish, verify, promote, reject = (
         hllm_task(settings, name, (name,), environment=environment, doc_md=f"**{what}**\n\n`hllm {name}`")

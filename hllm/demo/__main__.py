@@ -85,7 +85,7 @@ def _airflow(group: Processes, settings: Settings, config: str, home: Path) -> A
     began = time.monotonic()
     found = start_airflow(group, settings, config, home)
     _say(
-        f"Airflow: web server, scheduler, DAG processor at {found.url}, up in {time.monotonic() - began:.0f} s"
+        f"Airflow: web server, scheduler, DAG processor at {found.url} after {time.monotonic() - began:.0f} s"
     )
     return found
 

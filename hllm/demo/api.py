@@ -130,7 +130,7 @@ class Api:
                     return json.loads(text) if text else None
             except urllib.error.HTTPError as error:
                 detail = error.read().decode("utf-8", "replace")[:500]
-                # A database busy with the scheduler's write is no reason to give up; reads are safe to repeat.
+                # A database busy with the scheduler's write is no reason to give up; reads can be repeated.
                 if error.code < 500 or method != "GET" or time.monotonic() > deadline:
                     kind = InfraError if error.code >= 500 else ConfigError
                     raise kind(

@@ -78,7 +78,7 @@ def about_user(example: dict[str, Any]) -> str:
 
 
 def one_request(config: str, example: dict[str, Any]) -> str:
-    """What a ranking service reads from Feast for a user and five items: the shipped example, run as it is."""
+    """What a ranking service reads from Feast for a user and five items: the example that ships with it."""
     items = [item["item_id"] for item in example["recommended"]]
     argv = [
         sys.executable,

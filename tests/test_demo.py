@@ -212,7 +212,7 @@ def test_the_demo_trains_releases_and_reuses_with_a_real_airflow(tmp_path: Path,
     assert 'in the name "the demo\'s test"' in first.stdout
     assert "most-popular" in first.stdout
     assert "really chose" in first.stdout
-    assert "ranking request reads from Feast" in first.stdout
+    assert "ranking request reads from Feast, version 1" in first.stdout
 
     second = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert second.returncode == 0, second.stdout + second.stderr

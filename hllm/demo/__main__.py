@@ -55,7 +55,7 @@ def demo(settings: Settings, config: str, home: Path) -> None:
                 say("the candidate was rejected: nothing was published, the champion stays")
         else:
             say("hllm_release: not started, this version serves already")
-        summary(settings, config, airflow.url, say)
+        summary(settings, airflow.url, say)
         say(f"\nthe run took {time.monotonic() - began:.0f} s")
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from tabulate import tabulate
 
 from hllm.artifacts import Store
-from hllm.demo.services import ROOT
+from hllm.registry.server import page_root
 from hllm.settings import Settings
 from hllm.steps import keys, pipeline_key
 
@@ -25,7 +23,7 @@ METRICS = ("recall@10", "ndcg@10", "ndcg@50")
 USERS = 3
 
 
-def summary(settings: Settings, config: str, airflow_url: str, say: Callable[[str], Any]) -> None:
+def summary(settings: Settings, airflow_url: str, say: Callable[[str], Any]) -> None:
     all_keys = keys(settings)
     store = Store(settings.run.root)
     evaluated = store.fetch("evaluate", all_keys["evaluate"])
@@ -39,11 +37,11 @@ def summary(settings: Settings, config: str, airflow_url: str, say: Callable[[st
         say(about_user(example))
     say("")
     if examples:
-        say(one_request(config, examples[0]))
+        say(one_request(settings, examples[0]))
     say("")
     say(f"report     {(record / 'report.html').resolve().as_uri()}")
-    say(f"MLflow     {settings.mlflow.tracking_uri} (its pages: make ui)")
-    say(f"Airflow    {airflow_url} while it runs (its pages: make ui)")
+    say(f"MLflow     {page_root(settings)} (`make ui` starts its pages)")
+    say(f"Airflow    {airflow_url} (`make ui` starts its pages)")
 
 
 def comparison(metrics: dict[str, Any]) -> str:
@@ -77,24 +75,17 @@ def about_user(example: dict[str, Any]) -> str:
     )
 
 
-def one_request(config: str, example: dict[str, Any]) -> str:
-    """What a ranking service reads from Feast for a user and five items: the example that ships with it."""
+def one_request(settings: Settings, example: dict[str, Any]) -> str:
+    """What a ranking service reads from Feast for a user and five candidates, from the version that serves."""
+    from hllm.features.request import request_table
+    from hllm.registry.versions import serving_version
+
+    serving = serving_version(settings)
+    if serving is None:
+        return "one ranking request: no version serves yet, so there is nothing to read"
     items = [item["item_id"] for item in example["recommended"]]
-    argv = [
-        sys.executable,
-        "feature_repo/read_features.py",
-        "--config",
-        config,
-        "--user",
-        example["user_id"],
-        "--items",
-        *items,
-    ]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-        return f"one ranking request: {lines[-1]}"
-    return f"one ranking request reads from Feast (feature_repo/read_features.py):\n{done.stdout.rstrip()}"
+    table = request_table(settings, serving.version, example["user_id"], items)
+    return f"one ranking request reads from Feast, version {serving.version} of {serving.model}:\n{table}"
 
 
 def _interval(figure: dict[str, float] | None) -> str:

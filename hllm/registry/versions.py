@@ -83,11 +83,12 @@ def registered_version(settings: Settings, version: str | None = None) -> Versio
 def version_of_pipeline(settings: Settings, pipeline: str) -> VersionInfo | None:
     """The version that a pipeline registered; the first if there were ever two."""
     found = _search(settings, f"tags.pipeline = '{pipeline}'")
-    return min(found, key=lambda info: info.version) if found else None
+    # MLflow's search leaves the aliases out.
+    return _by_number(settings, min(info.version for info in found)) if found else None
 
 
 def all_versions(settings: Settings) -> list[VersionInfo]:
-    """Every version, oldest first."""
+    """Every version, oldest first; without their aliases, which MLflow's search leaves out."""
     return sorted(_search(settings, ""), key=lambda info: info.version)
 
 
@@ -191,11 +192,12 @@ def download_package(settings: Settings, version: int | str) -> Path:
     from mlflow.artifacts import download_artifacts
 
     info = registered_version(settings, str(version))
-    source = f"{info.uri}/artifacts/package"
+    inside = "artifacts/package"
+    source = f"{info.uri}/{inside}"
     uri = server.tracking_uri(settings)
     cache = Store(settings.run.root).local / "packages" / f"{info.model}-{info.version}-{info.run_id[:8]}"
     if (cache / "complete").exists():
-        return cache / "package"
+        return cache / inside
     server.point_fluent_at(settings)
     with server.mlflow_errors(settings):
         try:

@@ -76,7 +76,7 @@ def test_a_version_that_is_not_verified_cannot_be_promoted(settings: Settings, p
 
 def test_a_version_that_failed_the_gate_cannot_be_promoted(settings: Settings) -> None:
     stand(settings, gate="failed")
-    with pytest.raises(GateError, match="most-popular's 0.0200"):
+    with pytest.raises(GateError, match=r"most-popular's 0\.0200"):
         promote(settings, "1", by="ada")
     assert versions.champion(settings) is None
 

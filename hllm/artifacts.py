@@ -89,7 +89,7 @@ class Store:
         if self.remote:
             self.local = cache or Path.home() / ".cache" / "hllm" / digest_of(self.root)
         else:
-            self.local = Path(self.root)
+            self.local = Path(self.root).absolute()
 
     def folder(self, step: str, key: str) -> Path:
         """The local folder of an output, whether it is finished or not."""
@@ -142,9 +142,14 @@ class Store:
             upload(folder / MANIFEST, f"{location}/{MANIFEST}")
 
     def finished(self, step: str) -> list[Manifest]:
-        """Every finished output of a step known on this machine, oldest first."""
-        found = [Manifest.read(folder) for folder in sorted((self.local / step).glob("*")) if folder.is_dir()]
-        return sorted((manifest for manifest in found if manifest), key=lambda manifest: manifest.created_at)
+        """Every finished output of a step, oldest first."""
+        if self.remote:
+            places = [place for place in list_objects(f"{self.root}/{step}/") if place.endswith(f"/{MANIFEST}")]
+            found = [Manifest(**json.loads(body)) for body in map(read_object, places) if body is not None]
+        else:
+            folders = [folder for folder in sorted((self.local / step).glob("*")) if folder.is_dir()]
+            found = [manifest for manifest in map(Manifest.read, folders) if manifest]
+        return sorted(found, key=lambda manifest: manifest.created_at)
 
     @contextmanager
     def lock(self, step: str, key: str) -> Iterator[None]:
@@ -181,7 +186,8 @@ def s3_client() -> Any:
     import boto3
     from botocore.config import Config
 
-    return boto3.client(
+    # A session of its own: the default session is not safe to share between the threads that upload.
+    return boto3.session.Session().client(
         "s3",
         config=Config(
             retries={"max_attempts": 5, "mode": "standard"},

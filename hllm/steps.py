@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hllm
-from hllm.artifacts import Manifest, Store, clear, digest_of, file_digests
+from hllm.artifacts import Manifest, Store, clear, digest_of, file_digests, write_atomically
 from hllm.errors import ConfigError, DataError, Terminated
 from hllm.settings import Settings
 
@@ -171,6 +171,17 @@ class Context:
             file.write(json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n")
         if self.tracker:
             self.tracker.log_metrics(values, at)
+
+    def tidy_curves(self) -> None:
+        """A killed run logs the steps after its last checkpoint twice: the later point of each is kept."""
+        path, points = self.output / "curves.jsonl", {}
+        if path.exists():
+            for line in path.read_text("utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill can cut the last line
+                    point = json.loads(line)
+                    points[point["at"], *sorted(point)] = point
+            kept = sorted(points.values(), key=lambda point: point["at"])
+            write_atomically(path, "".join(json.dumps(point) + "\n" for point in kept).encode())
 
     @contextlib.contextmanager
     def graceful(self) -> Iterator[threading.Event]:

@@ -1,0 +1,94 @@
+"""The item cache: every item encoded once, in shards that a killed run continues and readers map into memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hllm.data.prepared import Prepared
+from hllm.errors import DataError, Terminated
+from hllm.models.items import IdItems
+from hllm.models.load import load_item_model
+from hllm.progress import Progress
+from hllm.steps import Context
+
+SHARD = "vectors-{:05d}.npy"
+# I items, D vector width
+
+
+class ItemVectors:
+    """The vectors of a catalogue: row i is item i. Shards stay on disk until they are read."""
+
+    def __init__(self, shards: list[npt.NDArray[np.float32]]) -> None:
+        self.shards = shards
+
+    @classmethod
+    def open(cls, folder: Path) -> ItemVectors:
+        paths = sorted(path for path in folder.glob("vectors-*.npy") if re.fullmatch(r"vectors-\d{5}\.npy", path.name))
+        if not paths:
+            raise DataError("there are no item vectors here", where=folder)
+        return cls([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
+
+    @property
+    def width(self) -> int:
+        return int(self.shards[0].shape[1])
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    def matrix(self) -> npt.NDArray[np.float32]:
+        """(I, D), unit length; memory-mapped when there is one shard."""
+        return self.shards[0] if len(self.shards) == 1 else np.concatenate(self.shards)
+
+
+def embed_items(context: Context) -> None:
+    """Step: encode every item with the trained item side. A finished shard is never encoded again."""
+    prepared, train = Prepared.open(context.inputs["prepare"]), next(path for need, path in context.inputs.items() if need.startswith("train-"))
+    model = load_item_model(train, prepared)
+    shard_items, width = context.settings.embed.shard_items, model.width
+    with Progress("embed items", prepared.items, "item") as progress, context.graceful() as stopping:
+        for number, start in enumerate(range(0, prepared.items, shard_items)):
+            end = min(start + shard_items, prepared.items)
+            path = context.output / SHARD.format(number)
+            if not path.exists():
+                vectors = np.empty((end - start, int(width)), np.float32)
+                for items in batches_by_tokens(prepared, start, end, context.settings.embed.tokens_per_batch, model):
+                    with torch.inference_mode():
+                        vectors[items - start] = model(items).float().numpy()
+                    progress.advance(len(items))
+                _refuse_bad(vectors, start)
+                partial = path.with_name(f".{path.name}")
+                with partial.open("wb") as file:
+                    np.save(file, vectors, allow_pickle=False)
+                os.replace(partial, path)
+            else:
+                progress.advance(end - start)
+            if stopping.is_set() and end < prepared.items:
+                raise Terminated
+    context.rows = {"items": prepared.items}
+    context.facts = {"width": int(width), "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def batches_by_tokens(prepared: Prepared, start: int, end: int, tokens_per_batch: int, model: object) -> list[npt.NDArray[np.int64]]:
+    """Items [start, end) in batches of about as many tokens, texts of similar length together."""
+    items = np.arange(start, end)
+    if isinstance(model, IdItems):
+        return [items]
+    lengths = np.diff(np.asarray(prepared.token_offsets[start : end + 1])) + 1
+    order = np.argsort(lengths, kind="stable")
+    cuts = np.flatnonzero(np.diff((np.cumsum(lengths[order]) - 1) // tokens_per_batch)) + 1
+    return np.split(items[order], cuts)
+
+
+def _refuse_bad(vectors: npt.NDArray[np.float32], start: int) -> None:
+    """A zero or non-finite vector would reach every ranking model in silence."""
+    lengths = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))
+    if len(bad):
+        raise DataError("item vectors are not of unit length", where="embed", count=(len(bad), len(vectors)), examples=[int(row + start) for row in bad[:3]])

@@ -1,0 +1,135 @@
+"""Build, save and load models: safetensors for weights, `model.json` for the shape, no backbone needed to load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hllm.artifacts import write_atomically
+from hllm.data.prepared import Prepared
+from hllm.errors import DataError
+from hllm.models.backbone import build_decoder, decoder_from_config, load_whole
+from hllm.models.items import CachedItems, IdItems, TextItems
+from hllm.models.recommender import Recommender
+from hllm.models.users import DecoderUser, SASRecUser
+from hllm.settings import Settings
+
+SHAPE, ITEM, USER = "model.json", "item.safetensors", "user.safetensors"
+
+
+def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommender:
+    """A model before its first stage: pretrained towers for hllm, random ones for sasrec."""
+    torch.manual_seed(settings.run.seed)
+    model = settings.model
+    items: TextItems | IdItems
+    user: DecoderUser | SASRecUser
+    if family == "hllm":
+        vocabulary = int(prepared.token_ids.max()) + 1 if not model.item_llm.backbone else 0
+        items = TextItems(build_decoder(model.item_llm, max(vocabulary, 256)))
+        items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
+        user = DecoderUser(build_decoder(model.user_llm, 256))
+        load_whole.cache_clear()
+        if items.width != user.width:
+            raise DataError(
+                f"the Item LLM is {items.width} wide and the User LLM {user.width}",
+                where="model",
+                remedy="Choose backbones of equal width in model.item_llm and model.user_llm.",
+            )
+    else:
+        shape = model.sasrec
+        longest = max(settings.train.sasrec.history_length, settings.embed.max_history)
+        items = IdItems(prepared.items, shape.width)
+        user = SASRecUser(shape.width, shape.layers, shape.heads, shape.dropout, longest)
+    return Recommender(items, user, model.temperature, model.false_negative_cosine)
+
+
+def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.float32]) -> Recommender:
+    """Stage 2: the user model as stage 1 left it, over cached item vectors; the Item LLM is not loaded."""
+    user, log_scale = _load_user(before)
+    model = Recommender(CachedItems(vectors_ID), user, settings.model.temperature, settings.model.false_negative_cosine)
+    with torch.no_grad():
+        model.log_scale.copy_(log_scale)
+    return model
+
+
+def save_model(model: Recommender, family: str, folder: Path) -> None:
+    """`user.safetensors` and `model.json` always, `item.safetensors` when the item side was trained."""
+    shape: dict[str, Any] = {"family": family, "width": model.items.width}
+    if isinstance(model.user, DecoderUser):
+        shape["user"] = _plain(model.user.decoder.config)
+    else:
+        block: Any = model.user.blocks[0]
+        shape["user"] = {
+            "width": model.user.width,
+            "layers": len(model.user.blocks),
+            "heads": block.heads,
+            "dropout": block.attention_dropout,
+            "max_history": model.user.max_history,
+        }
+    if not isinstance(model.items, CachedItems):
+        _save(model.items.full_state(), folder / ITEM)
+    if isinstance(model.items, TextItems):
+        shape["item"] = _plain(model.items.decoder.config)
+    _save({**model.user.state_dict(), "log_scale": model.log_scale.detach()}, folder / USER)
+    write_atomically(folder / SHAPE, json.dumps(shape, indent=1, sort_keys=True).encode())
+
+
+def load_user_model(folder: Path) -> nn.Module:
+    """The user side of a trained model, ready for inference: called with (history_TD, packing)."""
+    return _load_user(folder)[0].eval()
+
+
+def load_item_model(folder: Path, prepared: Prepared) -> nn.Module:
+    """The item side of a trained model, ready to encode the prepared catalogue."""
+    shape, weights = _shape(folder), load_file(folder / ITEM)
+    items: TextItems | IdItems
+    if shape["family"] == "hllm":
+        decoder = decoder_from_config({**shape["item"], "vocab_size": weights["words"].shape[0]})
+        items = TextItems(decoder)
+        items.attach(prepared.token_ids, prepared.token_offsets)
+    else:
+        items = IdItems(*weights["table"].shape)
+    items.load_state_dict(weights)
+    return items.eval()
+
+
+def width_of(folder: Path) -> int:
+    return int(_shape(folder)["width"])
+
+
+def family_of(folder: Path) -> str:
+    return str(_shape(folder)["family"])
+
+
+def _load_user(folder: Path) -> tuple[DecoderUser | SASRecUser, Tensor]:
+    shape, weights = _shape(folder), load_file(folder / USER)
+    log_scale = weights.pop("log_scale")
+    user: DecoderUser | SASRecUser
+    if shape["family"] == "hllm":
+        user = DecoderUser(decoder_from_config({**shape["user"], "vocab_size": 2}))
+    else:
+        user = SASRecUser(**shape["user"])
+    user.load_state_dict(weights)
+    return user, log_scale
+
+
+def _shape(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / SHAPE).read_text("utf-8"))
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The shape of a decoder; the vocabulary's size is that of the saved words."""
+    values = config.to_diff_dict()
+    values["model_type"] = config.model_type
+    return {name: value for name, value in values.items() if not name.startswith("_") and name not in ("architectures", "dtype", "torch_dtype")}

@@ -1,0 +1,91 @@
+"""The training step: one stage of one family, from its inputs to saved weights."""
+
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import torch
+
+from hllm.data.prepared import Prepared
+from hllm.embedding.items import ItemVectors, batches_by_tokens
+from hllm.embedding.users import held_out_user_vectors
+from hllm.errors import DataError
+from hllm.models.items import CachedItems
+from hllm.models.load import new_model, next_stage, save_model
+from hllm.models.recommender import Recommender
+from hllm.settings import Stage
+from hllm.steps import Context, embed_name, train_name
+from hllm.training.batches import Batches
+from hllm.training.loop import fit
+
+MOST_VALIDATION_EVENTS = 5_000
+"""Enough to choose between checkpoints; more would only cost time."""
+
+
+def train(context: Context) -> None:
+    """Step: trains, from the newest checkpoint if there is one, and saves the best (or last) weights."""
+    _, family, stage_text = context.step.name.split("-")
+    stage_number, settings = int(stage_text), context.settings
+    stage: Stage = settings.train.sasrec if family == "sasrec" else getattr(settings.train, f"stage{stage_number}")
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    prepared = Prepared.open(context.inputs["prepare"])
+    if stage_number == 1:
+        model = new_model(settings, family, prepared)
+    else:
+        vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
+        model = next_stage(settings, context.inputs[train_name(family, 1)], vectors)
+    batches = Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, settings.run.seed + stage_number)
+    with context.graceful() as stopping:
+        trained = fit(
+            model,
+            batches,
+            stage,
+            seed=settings.run.seed,
+            work=context.work,
+            stopping=stopping,
+            log=context.log,
+            validate=lambda current: validation_ndcg(current, prepared, settings.embed.max_history, settings.embed.tokens_per_batch),
+            what=context.step.name,
+        )
+    context.tidy_curves()
+    save_model(model, family, context.output)
+    context.rows = {"windows": batches.windows, "steps": trained.steps}
+    context.facts = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "first_loss": trained.first_loss,
+        "last_loss": trained.last_loss,
+        "best_step": trained.best_step,
+        "train_seconds": round(trained.seconds, 1),
+        "steps_per_second": round(trained.steps / max(trained.seconds, 1e-9), 3),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        **trained.facts,
+    }
+
+
+def validation_ndcg(model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int) -> float:
+    """NDCG@10 of the validation events over the whole catalogue, the user's history left out."""
+    from hllm.evaluation.ranking import HeldOut, rank_by_vectors
+
+    held_out = HeldOut.of(prepared, "valid")
+    if not len(held_out):
+        raise DataError("there are no validation events", where="train", remedy="Set evaluate_every = 0, or choose another split.")
+    if len(held_out) > MOST_VALIDATION_EVENTS:
+        held_out = held_out.take(np.linspace(0, len(held_out) - 1, MOST_VALIDATION_EVENTS).astype(np.int64))
+    vectors_ID = catalogue_vectors(model, prepared, tokens_per_batch)
+    users_RD = held_out_user_vectors(model.user, vectors_ID, prepared, held_out.users_R, held_out.positions_R, max_history, 256)
+    ranks = rank_by_vectors(users_RD, vectors_ID, held_out, "validation")
+    filtered = np.asarray(ranks.filtered_R)
+    return float(np.where(filtered <= 10, 1 / np.log2(filtered + 1), 0.0).mean())
+
+
+def catalogue_vectors(model: Recommender, prepared: Prepared, tokens_per_batch: int) -> np.ndarray:
+    """(I, D) with the item side as it is now."""
+    if isinstance(model.items, CachedItems):
+        return model.items.vectors
+    vectors = np.empty((prepared.items, model.items.width), np.float32)
+    with torch.inference_mode():
+        for items in batches_by_tokens(prepared, 0, prepared.items, tokens_per_batch, model.items):
+            vectors[items] = model.item_vectors(items).float().numpy()
+    return vectors

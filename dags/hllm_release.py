@@ -31,25 +31,29 @@ class Decision(ApprovalOperator):
         self.body = body(candidate)
         return super().execute(context)
 
-    def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
-        decision = HITLOperator.execute_complete(self, context, event)
-        other = self.rejected if decision["chosen_options"] == [self.APPROVE] else self.approved
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> None:
+        answer = HITLOperator.execute_complete(self, context, event)
+        decision = {
+            "HLLM_DECIDED_BY": answer["responded_by_user"]["name"],
+            "HLLM_DECIDED_AT": answer["responded_at"].isoformat(timespec="seconds"),
+            "HLLM_DECISION_NOTE": answer["params_input"].get("note") or "",
+        }
+        approved = answer["chosen_options"] == [self.APPROVE]
+        # Now, because skipping ends this method. The second is for whoever follows the run, as in runner.py.
+        context["ti"].xcom_push("decision", decision)
+        line = f"{answer['chosen_options'][0]} by {decision['HLLM_DECIDED_BY']}"
+        context["ti"].xcom_push("ended", {"exit_code": 0, "line": line})
+        other = self.rejected if approved else self.approved
         self.skip(
             ti=context["ti"], tasks=[task for task in self.get_direct_relatives() if task.task_id == other]
         )
-        return decision
 
 
 def environment(context: Context) -> Mapping[str, str]:
     """The candidate's settings, and who decided what, when and why."""
-    decision = context["ti"].xcom_pull(task_ids="approve")
-    return {
-        **candidate_of(context).environment,
-        "HLLM_VERSION": candidate_of(context).version,
-        "HLLM_DECIDED_BY": decision["responded_by_user"]["name"],
-        "HLLM_DECIDED_AT": str(decision["responded_at"]),
-        "HLLM_DECISION_NOTE": decision["params_input"].get("note") or "",
-    }
+    candidate = candidate_of(context)
+    decision = context["ti"].xcom_pull(task_ids="approve", key="decision")
+    return {**candidate.environment, "HLLM_VERSION": candidate.version, **decision}
 
 
 with DAG(

@@ -169,7 +169,8 @@ items = "{source.items}"
 interactions = "{source.interactions}"
 columns = {{texts = ["title", "genre"]}}
 [prepare]
-max_tokens = 32
+prompt = ""
+max_tokens = 64
 [model]
 item_llm = {{width = 32, layers = 1}}
 user_llm = {{width = 32, layers = 1}}

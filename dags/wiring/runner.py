@@ -64,9 +64,12 @@ class LocalProcess:
             if self._stopped:
                 self.stop()
             last = ""
-            for line in self._process.stdout or ():
-                last = line.decode("utf-8", "replace").rstrip("\r\n") or last
-                say(last)
+            for content in self._process.stdout or ():
+                line = content.decode("utf-8", "replace").rstrip("\r\n")
+                last = (
+                    last if not line or line[0].isspace() else line
+                )  # indented lines explain the one before
+                say(line)
             code = self._process.wait()
             exit_code = 128 - code if code < 0 else code
             line, _, result = words.read_text("utf-8", "replace").strip().partition("\n")

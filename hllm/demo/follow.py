@@ -131,6 +131,6 @@ class Approver:
             name = self.settings.release.approved_by
             self.api.approve("hllm_release", self.run, "approve", "release.approve_automatically is true")
             self.say(
-                f"  approve          Approve, in the name {name!r}: release.approve_automatically is true"
+                f"  approve          answered in the name {name!r}: release.approve_automatically is true"
             )
             self._answered = True

@@ -76,7 +76,7 @@ def about_user(example: dict[str, Any]) -> str:
 
 
 def one_request(settings: Settings, example: dict[str, Any]) -> str:
-    """What a ranking service reads from Feast for a user and five candidates, from the version that serves."""
+    """What a ranking service reads from Feast for five candidates, of the version that serves."""
     from hllm.features.request import request_table
     from hllm.registry.versions import serving_version
 

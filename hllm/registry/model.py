@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from hllm.settings import Settings
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+HERE = Path(hllm.__file__).parent
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "torch", "transformers")
 """What the package needs to be loaded and asked; pinned at what is installed here."""
 
@@ -25,18 +29,57 @@ def log_package(client: MlflowClient, settings: Settings, run_id: str, package: 
     import mlflow
 
     server.point_fluent_at(settings)
-    here = Path(hllm.__file__).parent
-    with server.mlflow_errors(settings), mlflow.start_run(run_id=run_id, log_system_metrics=False):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        server.mlflow_errors(settings),
+        mlflow.start_run(run_id=run_id, log_system_metrics=False),
+    ):
         logged = mlflow.pyfunc.log_model(
             name=settings.mlflow.model_name,
-            python_model=str(here / "registry" / "pyfunc_model.py"),
+            python_model=str(HERE / "registry" / "pyfunc_model.py"),
             artifacts={"package": str(package)},
-            code_paths=[str(here)],
+            code_paths=[str(copy_sources(Path(scratch)))],
             signature=signature(),
             input_example=input_example(package),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
     return str(logged.model_id)
+
+
+def copy_sources(folder: Path) -> Path:
+    """A copy of the modules that the package needs, and of no others: the model needs no `hllm` installed."""
+    needed, waiting = set(), ["hllm.models.package"]
+    while waiting:
+        name = waiting.pop()
+        path = _source(name)
+        if path is None or path in needed:
+            continue
+        needed.add(path)
+        waiting += [name.rpartition(".")[0], *_imports(path)]
+    for path in needed:
+        copy = folder / path.relative_to(HERE.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    return folder / "hllm"
+
+
+def _source(module: str) -> Path | None:
+    """The file of one of our modules; None for names inside a module and for everybody else's."""
+    if module.partition(".")[0] != "hllm":
+        return None
+    path = HERE.parent.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _imports(path: Path) -> list[str]:
+    """Everything a file imports, inside functions too."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def signature() -> Any:

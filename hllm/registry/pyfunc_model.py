@@ -16,7 +16,6 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
-
 # The signature is explicit; MLflow still asks for type hints, and refuses those that it does not know.
 warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
 

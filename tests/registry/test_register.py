@@ -108,6 +108,7 @@ def test_the_model_answers_where_hllm_is_not_installed(
 ) -> None:
     import mlflow
     import pandas as pd
+
     from hllm.models.package import Package
 
     settings = pipeline()

@@ -2,7 +2,7 @@
 
 Files of an export:
     items.parquet        item_id string, vector fixed_size_list<float32>[D]
-    users-00000.parquet  user_id string, vector, events int64, last_event_time int64 (seconds UTC); more shards follow
+    users-00000.parquet  user_id string, vector, events int64, last_event_time int64 (seconds UTC); ...
 """
 
 from __future__ import annotations

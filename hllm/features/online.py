@@ -30,7 +30,7 @@ def write_online(
     start: int,
     written: Callable[[int], None],
 ) -> None:
-    """Write every row from `start` on through the online store's own writer; `written(rows)` after each batch.
+    """Write every row from `start` on through the online store's writer; `written(rows)` after each batch.
 
     Feast's `write_to_online_store` takes a pandas frame with one Python list per vector and infers every
     value's type. The store below it takes messages; the vectors are already in a message's own layout."""
@@ -41,9 +41,7 @@ def write_online(
             progress.advance(len(batch.ids))
 
 
-def messages(
-    batch: Batch, version: int, at: datetime
-) -> list[tuple[Any, dict[str, Any], datetime, datetime]]:
+def messages(batch: Batch, version: int, at: datetime) -> list[Any]:
     """What an online store writes: (entity key, feature -> value, event time, creation time) of every row."""
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value

@@ -63,16 +63,12 @@ def publish(settings: Settings, version: str | None = None) -> None:
     with outputs.lock(STEP, key), service_errors(settings):
         folder = outputs.folder(STEP, key)
         done = outputs.manifest(STEP, key)
-        if (
-            done
-            and done.settings_digest == identity(settings, export)
-            and info.tags.get("publication") in DONE
-        ):
-            if registered_service(open_store(settings), info.version) is not None:
-                typer.echo(
-                    f"publish: reused, version {info.version} was published {done.created_at} ({_counts(done.rows)})"
-                )
-                return
+        same = done and done.settings_digest == identity(settings, export)
+        whole = same and info.tags.get("publication") in DONE
+        if done and whole and registered_service(open_store(settings), info.version) is not None:
+            counts = _counts(done.rows)
+            typer.echo(f"publish: reused, version {info.version} was published {done.created_at} ({counts})")
+            return
         (folder / MANIFEST).unlink(missing_ok=True)
         set_tags(settings, info.version, {"publication": "publishing"})
         manifest = Publication(settings, export, info.version, outputs, resume=done is None).run()
@@ -80,7 +76,8 @@ def publish(settings: Settings, version: str | None = None) -> None:
     online = manifest.facts
     rate = online["written"] / max(online["online_seconds"], 1e-9)
     typer.echo(
-        f"publish: version {info.version} in {manifest.seconds:.1f} s ({_counts(manifest.rows)}; online {rate:,.0f} rows/s), "
+        f"publish: version {info.version} in {manifest.seconds:.1f} s "
+        f"({_counts(manifest.rows)}; online {rate:,.0f} rows/s), "
         f"service {service_name(info.version)} -> {settings.feast.online} {settings.feast.online_url}"
     )
     typer.echo(
@@ -154,9 +151,11 @@ class Publication:
             known = next((view for view in self.store.list_feature_views() if view.name == name), None)
             if known and known.tags.get("export") != self.export.manifest.digest:
                 raise DataError(
-                    f"{name} already holds the vectors of another export ({known.tags.get('export')}, not {self.export.manifest.digest})",
+                    f"{name} already holds the vectors of another export "
+                    f"({known.tags.get('export')}, not {self.export.manifest.digest})",
                     where=f"Feast project {self.settings.feast.project}",
-                    remedy="Versions are never overwritten. Two MLflow registries share this Feast project: set feast.project.",
+                    remedy="Versions are never overwritten. "
+                    "Do two MLflow registries share this Feast project? Then set feast.project.",
                 )
             started_at = (
                 datetime.fromisoformat(known.tags["started_at"])
@@ -201,9 +200,9 @@ class Publication:
         )
 
     def _register_service(self, views: Views) -> datetime:
-        """Open the version for reading. The moment is fixed once: a resumed publication finds it in the registry.
+        """Open the version for reading. The moment is fixed once; a resumed publication finds it there.
 
-        Rounded up to a whole second: a point-in-time join must never find a vector before it could be read."""
+        Rounded up to a whole second: a join must never find a vector before it could be read."""
         known = registered_service(self.store, self.version)
         if known is not None:
             return datetime.fromisoformat(known.tags["available_at"])

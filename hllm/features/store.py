@@ -1,4 +1,4 @@
-"""The Feast store that the settings describe: one description, used by this process and written down for others.
+"""The Feast store that the settings describe: one description, for this process and for others.
 
 The password of a server is read from HLLM_FEAST_PASSWORD and nowhere else. In the file written for plain
 Feast users it stays the text `${HLLM_FEAST_PASSWORD}`, which Feast itself fills in from their environment.
@@ -6,9 +6,11 @@ Feast users it stays the text `${HLLM_FEAST_PASSWORD}`, which Feast itself fills
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,12 +32,14 @@ CACHE_SECONDS = 60
 def open_store(settings: Settings, mlflow: bool = False) -> FeatureStore:
     """Feast, configured by the settings. The import takes seconds: only commands that need Feast call this.
 
-    With `mlflow`, `store.mlflow.resolve_features("models:/hllm/champion")` works, at the price of that import too."""
+    With `mlflow`, `store.mlflow.resolve_features("models:/hllm/champion")` works, and costs its import."""
     os.environ.setdefault("FEAST_USAGE", "False")
-    # Ours is one multiplication per row, in numpy; its offline cost is measured in benchmarks/publish.py.
-    warnings.filterwarnings("ignore", message="On demand feature view is an experimental feature")
     from feast import FeatureStore, RepoConfig
 
+    # After the import, which sets filters of its own. Our on-demand view is one product per row, in numpy.
+    warnings.filterwarnings("ignore", message="On demand feature view is an experimental feature")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ibis")
+    atexit.register(_leave_quietly)
     _make_folders(settings)
     with service_errors(settings):
         content = describe(settings, os.environ.get(PASSWORD, ""))
@@ -121,18 +125,18 @@ def _online(settings: Settings, password: str) -> dict[str, Any]:
     if settings.feast.online == "sqlite":
         return {"type": "sqlite", "path": str(online_path(settings))}
     if settings.feast.online == "redis":
-        # A comma would end the parameter, so a password is written as JSON text, in which a comma has another spelling.
+        # A comma would end the parameter. Feast reads it as JSON, in which a comma has another spelling.
         secret = password if password.startswith("${") else json.dumps(password).replace(",", "\\u002c")
         text = settings.feast.online_url + (f",password={secret}" if password else "")
-        # Only one publication ever writes a version's rows: reading their old timestamps first would be wasted.
+        # One publication writes a version's rows: reading their old timestamps first would be wasted.
         return {"type": "redis", "connection_string": text, "skip_dedup": True}
     return {"type": "postgres", **postgres(settings.feast.online_url, password, "feast.online_url")}
 
 
 def _offline(settings: Settings, password: str) -> dict[str, Any]:
     if settings.feast.offline == "file":
-        # Not Feast's default reader of files (dask): it joins a request's candidates into one row per user and
-        # second, and drops training rows older than the first vector, both without a word.
+        # Not Feast's default reader of files (dask): it keeps one candidate per user and second, and
+        # drops training rows older than the first vector, both without a word.
         return {"type": "duckdb"}
     return {"type": "postgres", **postgres(settings.feast.offline_path, password, "feast.offline_path")}
 
@@ -159,6 +163,15 @@ def postgres(place: str, password: str, setting: str) -> dict[str, Any]:
     }
 
 
+def _leave_quietly() -> None:
+    """Let go of the DuckDB connection under Feast's offline store: with Feast loaded, Python leaves it to
+    DuckDB's own library to notice at exit, which then prints forty lines about leaked objects."""
+    ibis = sys.modules.get("ibis")
+    backend = ibis.options.default_backend if ibis else None
+    if backend is not None:
+        backend.con = None
+
+
 def _make_folders(settings: Settings) -> None:
     if "://" not in settings.feast.registry:
         Path(settings.feast.registry).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -180,13 +193,14 @@ def service_errors(settings: Settings) -> Iterator[None]:
         raise InfraError(
             f"the feature store failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             where=f"{settings.feast.online} {settings.feast.online_url}",
-            remedy=f"Check that the stores in [feast] run and answer, and {PASSWORD} if they want a password; then run the command again.",
+            remedy=f"Check that the stores in [feast] answer, and {PASSWORD} if they want a password; "
+            "then run the same command again.",
         ) from error
 
 
 @contextlib.contextmanager
 def registry_lock(settings: Settings) -> Iterator[None]:
-    """Feast rewrites a registry file whole: two publications at once would lose one. SQL registries need no lock."""
+    """Feast rewrites a registry file whole: of two publications at once it would lose one."""
     if "://" in settings.feast.registry:
         yield
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ class Verification:
         offline = [self._compare_counts(entity) for entity in ENTITIES]
         pairs = self._compare_point_in_time(users, items)
         return [
-            f"{len(users.ids):,} users and {len(items.ids):,} items bit for bit online, with version {self.version}",
+            f"{len(users.ids):,} users and {len(items.ids):,} items bit for bit online",
             f"{offline[0]:,} users and {offline[1]:,} items offline",
             f"{pairs} pairs at three moments",
         ]
@@ -149,7 +149,7 @@ class Verification:
             raise self._differs(f"online rows cannot be decoded: {error}") from None
 
     def _compare(self, sample: Sample, rows: list[int], answer: dict[str, list[Any]], where: str) -> None:
-        """One block of an answer against the export: there, finite, of unit length, the same bits, the same version."""
+        """One block of an answer: there, finite, of unit length, the exported bits, this version."""
         entity, names = sample.entity, [sample.ids[row] for row in rows]
         read = answer[entity.vector]
         self._none(entity, "are missing", where, names, [vector is None for vector in read])
@@ -189,12 +189,13 @@ class Verification:
             found = count_offline(self.settings, entity, self.version, Path(scratch))
         if found != self.export.rows(entity):
             raise self._differs(
-                f"the offline table of {entity.name}s has {found:,} rows, the export {self.export.rows(entity):,}"
+                f"the offline table of {entity.name}s has {found:,} rows, "
+                f"the export {self.export.rows(entity):,}"
             )
         return found
 
     def _compare_point_in_time(self, users: Sample, items: Sample) -> int:
-        """A training row from before the publication sees nothing; one from that moment on sees the vectors."""
+        """A training row from before the publication sees nothing, one from then on sees the vectors."""
         import pandas as pd
 
         rows = list(range(min(POINT_IN_TIME_ROWS, len(users.ids), len(items.ids))))
@@ -211,13 +212,13 @@ class Verification:
             self.store.get_historical_features(entity_df=frame, features=self.service).to_arrow().to_pydict()
         )
         at: dict[tuple[Any, ...], int] = {
-            (user, item, pd.Timestamp(moment)): position
+            (user, item, _utc(moment)): position
             for position, (user, item, moment) in enumerate(
                 zip(read[USER.join_key], read[ITEM.join_key], read["event_timestamp"], strict=True)
             )
         }
         for moment in moments:
-            keys = [(users.ids[row], items.ids[row], pd.Timestamp(moment)) for row in rows]
+            keys = [(users.ids[row], items.ids[row], _utc(moment)) for row in rows]
             if any(key not in at for key in keys):
                 raise self._differs("a point-in-time read lost rows of the request")
             part = {feature: [values[at[key]] for key in keys] for feature, values in read.items()}
@@ -238,11 +239,18 @@ class Verification:
             raise self._differs(f"{where} {entity.name} vectors {what}", len(bad), len(names), bad[:3])
 
     def _differs(self, what: str, count: int = 0, total: int = 0, examples: Iterable[Any] = ()) -> DataError:
+        feast = self.settings.feast
         return DataError(
             what,
-            where=f"{service_name(self.version)} in {self.settings.feast.online} {self.settings.feast.online_url}",
+            where=f"{service_name(self.version)} in {feast.online} {feast.online_url}",
             count=(count, total) if total else None,
             examples=examples,
             remedy=f"The version stays unverified and cannot become champion. "
             f"Run `hllm publish --version {self.version}`, which writes all of it again, then verify.",
         )
+
+
+def _utc(moment: datetime) -> datetime:
+    """Feast's stores hand times back in UTC, some of them without saying so."""
+    moment = datetime.fromisoformat(moment.isoformat())
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

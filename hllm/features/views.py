@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, cast
 
 from hllm.artifacts import is_s3
 from hllm.features.export import ITEM, USER, Entity
@@ -147,7 +148,7 @@ def affinity_view(
     """Feast computes the affinity when somebody reads it; only the function's source text is registered.
 
     Feast would also store the function as a pickle beside the text. Its readers take the text first and the
-    pickle only if there is none, so leaving the pickle out loses nothing and keeps the registry free of them."""
+    pickle only if there is none, so the pickle is left out and the registry stays free of them."""
     from feast import Field, OnDemandFeatureView
     from feast.protos.feast.core.Transformation_pb2 import UserDefinedFunctionV2
     from feast.transformation.python_transformation import PythonTransformation
@@ -161,8 +162,10 @@ def affinity_view(
         name=name,
         sources=[users, items],
         schema=[Field(name="affinity", dtype=Float64)],
-        feature_transformation=SourceText(udf=affinity, udf_string=inspect.getsource(affinity)),
+        feature_transformation=SourceText(
+            udf=cast(FunctionType, affinity), udf_string=inspect.getsource(affinity)
+        ),
         mode="python",
-        description="Inner product of user and item vector; null where one is missing or model versions differ.",
+        description="Inner product of user and item vector; null if one is missing or model versions differ.",
         tags=dict(tags),
     )

@@ -151,7 +151,7 @@ def test_a_vector_that_is_not_finite_is_never_published(tmp_path):
 
     settings = settings_for(tmp_path)
     version = register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / "bad", spoil=spoil))
-    with pytest.raises(DataError, match="user vectors are not finite.*u33"):
+    with pytest.raises(DataError, match=r"user vectors are not finite.*u33"):
         publish(settings, str(version))
     assert tags_of(settings, version)["publication"] == "publishing"
 

@@ -46,11 +46,14 @@ def test_only_a_published_version_is_verified(tmp_path):
 def test_every_kind_of_damage_is_found_and_publishing_again_repairs_it(published, tmp_path):
     good = Path(published.feast.online_url)
     shutil.copy(good, tmp_path / "good.db")
+    one_user = "entity_key = (SELECT entity_key FROM {user} LIMIT 1)"
     for damage, says in {
         "UPDATE {item} SET value = {flipped} WHERE rowid = {row}": "item vectors differ from the export",
         "UPDATE {item} SET value = {nan} WHERE rowid = {row}": "item vectors are not finite",
-        "DELETE FROM {user} WHERE entity_key = (SELECT entity_key FROM {user} LIMIT 1)": "user vectors are missing",
-        "UPDATE {user} SET value = {version} WHERE rowid = (SELECT rowid FROM {user} WHERE feature_name = 'user_model_version' LIMIT 1)": "do not say model version 1",
+        f"DELETE FROM {{user}} WHERE {one_user}": "user vectors are missing",
+        f"UPDATE {{user}} SET value = {{version}} WHERE {one_user} AND feature_name = 'user_model_version'": (
+            "do not say model version 1"
+        ),
     }.items():
         shutil.copy(tmp_path / "good.db", good)
         _damage(good, damage)

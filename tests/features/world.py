@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +48,7 @@ def vectors(rows: int, seed: int, width: int = WIDTH) -> np.ndarray:
 def write_export(
     folder: Path, users: int = 60, items: int = 40, seed: int = 0, width: int = WIDTH, spoil: Any = None
 ) -> Path:
-    """Two shards of users and one of items, with ids that are hard to quote; `spoil(users, items)` edits the vectors."""
+    """Two shards of users and one of items, with ids that are hard to quote; `spoil` edits the vectors."""
     folder.mkdir(parents=True)
     user_vectors, item_vectors = vectors(users, seed, width), vectors(items, seed + 1, width)
     if spoil:
@@ -84,13 +89,26 @@ def register(settings: Settings, export: Path) -> int:
 
     from hllm.registry.server import client
 
+    database = Path(settings.mlflow.tracking_uri.removeprefix("sqlite:///"))
+    if not database.exists():
+        shutil.copy(_empty_registry(), database)
     registry, model = client(settings), settings.mlflow.model_name
-    try:
+    with contextlib.suppress(MlflowException):  # an earlier version made it
         registry.create_registered_model(model)
-    except MlflowException:
-        pass  # an earlier version made it
     tags = {"gate": "passed", "publication": "absent", "export": str(export)}
     return int(registry.create_model_version(model, source=str(export), tags=tags).version)
+
+
+@functools.cache
+def _empty_registry() -> Path:
+    """MLflow takes seconds to make its tables: once for all tests."""
+    from hllm.registry.server import client
+
+    folder = Path(tempfile.mkdtemp(prefix="hllm-empty-mlflow-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    settings = settings_for(folder)
+    client(settings).search_registered_models()
+    return folder / "mlflow.db"
 
 
 def tags_of(settings: Settings, version: int) -> dict[str, str]:

@@ -121,8 +121,9 @@ class Store:
         manifest = self.manifest(step, key)
         if manifest is None:
             raise DataError(f"{step} has no finished output", where=self.location(step, key), remedy=f"Run `hllm plan`, then the step {step}.")
+        client = s3_client()
         for name, digest in manifest.files.items():
-            download(f"{self.location(step, key)}/{name}", folder / name)
+            download(f"{self.location(step, key)}/{name}", folder / name, client)
             if digest_file(folder / name) != digest:
                 (folder / name).unlink()
                 raise InfraError("arrived damaged: its digest differs from the manifest's", where=f"{self.location(step, key)}/{name}")
@@ -134,8 +135,10 @@ class Store:
         folder = self.folder(manifest.step, manifest.key)
         if self.remote:
             location = self.location(manifest.step, manifest.key)
+            client = s3_client()  # one for all threads: making one takes longer than a small upload
             with ThreadPoolExecutor(4) as pool:
-                for done in [pool.submit(upload, folder / name, f"{location}/{name}") for name in manifest.files]:
+                sent = [pool.submit(upload, folder / name, f"{location}/{name}", client) for name in manifest.files]
+                for done in sent:
                     done.result()
         manifest.write(folder)
         if self.remote:
@@ -222,19 +225,19 @@ def s3_errors(location: str) -> Iterator[None]:
         raise InfraError(str(error), where=location, remedy="Check AWS_ENDPOINT_URL_S3 and the credentials; retrying helps when the network failed.") from None
 
 
-def upload(path: Path, location: str) -> None:
+def upload(path: Path, location: str, client: Any = None) -> None:
     bucket, key = split_s3(location)
     with s3_errors(location):
-        s3_client().upload_file(str(path), bucket, key)
+        (client or s3_client()).upload_file(str(path), bucket, key)
 
 
-def download(location: str, path: Path) -> Path:
+def download(location: str, path: Path, client: Any = None) -> Path:
     """Fetch one object; the file appears whole or not at all."""
     bucket, key = split_s3(location)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     with s3_errors(location):
-        s3_client().download_file(bucket, key, str(partial))
+        (client or s3_client()).download_file(bucket, key, str(partial))
     os.replace(partial, path)
     return path
 

@@ -12,7 +12,10 @@ LOG_SECONDS = 10.0
 
 
 class Progress:
-    """`with Progress("train", total=300, unit="step") as progress: progress.advance(1, loss=2.3)`."""
+    """`with Progress("train", total=300, unit="step") as progress: progress.advance(1, loss=2.3)`.
+
+    A total of 0 is an unknown one: then there is no bar and no time left.
+    """
 
     def __init__(self, what: str, total: int, unit: str = "row", start: int = 0) -> None:
         self.what, self.total, self.unit = what, total, unit
@@ -48,6 +51,10 @@ class Progress:
 
     def _draw(self) -> None:
         rate, left = self._figures()
+        if not self.total:
+            sys.stderr.write(f"\r{self.what} {self.done:,} {self.unit}s, {rate:,.1f}/s\033[K")
+            sys.stderr.flush()
+            return
         filled = int(24 * self.done / max(self.total, 1))
         values = " ".join(f"{name} {value:.4g}" for name, value in self.values.items())
         bar = "#" * filled + "-" * (24 - filled)
@@ -57,11 +64,9 @@ class Progress:
     def _line(self) -> None:
         rate, left = self._figures()
         values = "".join(f" {name}={value:.4g}" for name, value in self.values.items())
-        print(
-            f"what={self.what} done={self.done} total={self.total} unit={self.unit} per_second={rate:.1f} seconds_left={left:.0f}{values}",
-            file=sys.stderr,
-            flush=True,
-        )
+        ends = f" total={self.total} seconds_left={left:.0f}" if self.total else ""
+        line = f"what={self.what} done={self.done} unit={self.unit} per_second={rate:.1f}{ends}{values}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def track(what: str, things: Iterable[T], total: int, unit: str = "row") -> Iterator[T]:

@@ -38,13 +38,16 @@ def tiny_settings(tmp_path: Path, tiny_source: world.TinySource) -> Callable[...
 
 @dataclass(frozen=True)
 class S3:
-    """A running S3 server; a folder in `folder` is a bucket."""
+    """A running S3 server; its buckets are the folders in `folder`."""
 
     endpoint: str
     folder: Path
 
     def bucket(self, name: str) -> str:
-        (self.folder / name).mkdir(exist_ok=True)
+        """Create a bucket; returns `s3://name`."""
+        from hllm.artifacts import s3_client
+
+        s3_client().create_bucket(Bucket=name)
         return f"s3://{name}"
 
 

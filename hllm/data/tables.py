@@ -19,8 +19,9 @@ import pyarrow.parquet
 
 from hllm.errors import ConfigError, DataError
 
-BLOCK_BYTES = 4 << 20
-"""Delimited text is parsed this much at a time; no row may be longer."""
+BLOCK_BYTES = 2 << 20
+"""Delimited text is parsed this much at a time; no row may be longer. Arrow reads about 36 blocks ahead: that
+is the memory which reading a long log takes."""
 
 
 def read_table(

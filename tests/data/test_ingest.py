@@ -230,13 +230,13 @@ def test_a_row_with_too_many_cells(tmp_path: Path, two_items: Path) -> None:
 def test_a_quote_that_is_never_closed(tmp_path: Path, two_items: Path) -> None:
     log = tmp_path / "log.csv"
     log.write_text('user_id,item_id,timestamp\n"u,a,1\n' + "u,a,1\n" * 900_000)
-    with pytest.raises(DataError, match="every quote closed"):
+    with pytest.raises(DataError, match=r"never closed|every quote closed"):
         ingest(tmp_path, two_items, log)
 
 
 def test_a_column_of_dates_read_as_seconds(tmp_path: Path, two_items: Path) -> None:
     log = write_csv(tmp_path / "log.csv", LOG, [("u", "a", "2024-01-01"), ("u", "b", "2024-01-02")])
-    with pytest.raises(DataError, match='set data\.timestamp_unit = "iso"'):
+    with pytest.raises(DataError, match=r'set data\.timestamp_unit = "iso"'):
         ingest(tmp_path, two_items, log)
 
 

@@ -1,0 +1,89 @@
+"""Sources and outputs in S3, against a real S3 server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hllm.artifacts import Store, file_digests, upload
+from hllm.data.prepared import Prepared
+from hllm.data.readers import source_fingerprints
+from hllm.errors import DataError, InfraError
+from hllm.settings import Settings
+from hllm.steps import keys
+from tests.conftest import S3
+from tests.world import TinySource, run_steps, write_csv
+
+TinySettings = Callable[..., Settings]
+
+
+def test_a_source_in_s3_gives_what_the_local_one_gives(
+    s3: S3, tiny_settings: TinySettings, tiny_source: TinySource, tmp_path: Path
+) -> None:
+    bucket = s3.bucket("source-of-events")
+    upload(tiny_source.interactions, f"{bucket}/raw/log.csv")
+    upload(tiny_source.items, f"{bucket}/raw/items.parquet")
+    remote = tiny_settings(
+        tmp_path / "remote",
+        **{"data.interactions": f"{bucket}/raw/log.csv", "data.items": f"{bucket}/raw/items.parquet"},
+    )
+    local = tiny_settings(tmp_path / "local")
+    assert file_digests(run_steps(remote, "ingest")) == file_digests(run_steps(local, "ingest"))
+
+    before = source_fingerprints(remote.data)
+    upload(
+        write_csv(tmp_path / "other.csv", ["user_id", "item_id", "timestamp"], []), f"{bucket}/raw/log.csv"
+    )
+    assert source_fingerprints(remote.data) != before
+
+
+def test_outputs_in_s3_reach_another_machine(
+    s3: S3, tiny_settings: TinySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"{s3.bucket('outputs-of-steps')}/team/run"
+    settings = tiny_settings(**{"run.root": root})
+    run_steps(settings, "ingest", "validate", "prepare")
+
+    monkeypatch.setenv("HOME", str(tmp_path / "another-machine"))
+    key = keys(settings)["prepare"]
+    there = Store(root)
+    manifest = there.manifest("prepare", key)
+    assert manifest is not None
+    assert manifest.rows["items"] == 60
+    fetched = there.fetch("prepare", key)
+    assert "another-machine" in str(fetched)
+    assert file_digests(fetched) == manifest.files
+    assert Prepared.open(fetched).items == 60
+    assert [found.key for found in there.finished("validate")] == [keys(settings)["validate"]]
+
+
+def test_a_damaged_object_is_refused(
+    s3: S3, tiny_settings: TinySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = s3.bucket("damaged-outputs")
+    settings = tiny_settings(**{"run.root": root})
+    run_steps(settings, "ingest")
+    key = keys(settings)["ingest"]
+    (tmp_path / "noise").write_bytes(b"noise")
+    upload(tmp_path / "noise", f"{root}/ingest/{key}/items.parquet")
+    monkeypatch.setenv("HOME", str(tmp_path / "another-machine"))
+    with pytest.raises(InfraError, match=r"items\.parquet: arrived damaged"):
+        Store(root).fetch("ingest", key)
+
+
+def test_what_is_missing_in_s3_is_named(s3: S3, tiny_settings: TinySettings) -> None:
+    bucket = s3.bucket("missing-sources")
+    settings = tiny_settings(**{"data.interactions": f"{bucket}/nothing.csv"})
+    with pytest.raises(DataError, match=r"s3://missing-sources/nothing\.csv: does not exist"):
+        source_fingerprints(settings.data)
+
+
+def test_wrong_credentials_can_be_told_from_missing_data(
+    s3: S3, tiny_settings: TinySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(**{"data.interactions": f"{s3.bucket('closed-bucket')}/log.csv"})
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(InfraError, match="access denied"):
+        source_fingerprints(settings.data)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hllm.artifacts import Store
+from hllm.cli import app
+from hllm.errors import ConfigError, DataError
+from hllm.plan import plan
+from hllm.settings import Settings
+from hllm.steps import execute, keys, pipeline_key, settings_of, steps
+from tests.world import TinySource, run_steps, write_tiny_source
+
+TinySettings = Callable[..., Settings]
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {name for name in one if one[name] != other[name]}
+
+
+def test_every_step_comes_after_what_it_needs() -> None:
+    for family in ("hllm", "sasrec"):
+        seen: set[str] = set()
+        for step in steps(Settings.model_validate({"model": {"family": family}})).values():
+            assert set(step.needs) <= seen, step.name
+            seen.add(step.name)
+
+
+def test_every_setting_that_decides_a_step_exists() -> None:
+    settings = Settings()
+    for step in steps(settings).values():
+        assert settings_of(step, settings).keys() == set(step.decides)
+
+
+def test_a_setting_changes_the_keys_of_what_depends_on_it_and_of_nothing_else(
+    tiny_settings: TinySettings,
+) -> None:
+    before = keys(tiny_settings())
+    assert keys(tiny_settings()) == before
+    assert changed(before, keys(tiny_settings(**{"gate.min_vs_popular": 0.5}))) == set()
+    assert changed(before, keys(tiny_settings(**{"evaluation.bootstrap": 30}))) == {"evaluate"}
+    prepare = changed(before, keys(tiny_settings(**{"prepare.max_tokens": 40})))
+    assert prepare == set(before) - {"ingest", "validate"}
+    stage2 = changed(before, keys(tiny_settings(**{"train.stage2.lr": 0.5})))
+    assert {"train-hllm-2", "embed-hllm-3", "evaluate"} == stage2
+    assert changed(before, keys(tiny_settings(**{"data.batch_rows": 9}))) == set(before)
+
+
+def test_other_data_changes_every_key(tiny_settings: TinySettings, tmp_path: Path) -> None:
+    one = write_tiny_source(tmp_path / "one")
+    sets = {"data.items": str(one.items), "data.interactions": str(one.interactions)}
+    before = keys(tiny_settings(**sets))
+    one.interactions.write_text(one.interactions.read_text() + "late,item9,1600800000\n")
+    after = keys(tiny_settings(**sets))
+    assert changed(before, after) == set(before)
+    assert pipeline_key(before) != pipeline_key(after)
+
+
+def test_a_step_runs_once_and_is_reused(tiny_settings: TinySettings, tiny_source: TinySource) -> None:
+    settings = tiny_settings()
+    first, second = execute("ingest", settings), execute("ingest", settings)
+    assert (first.reused, second.reused) == (False, True)
+    assert first.manifest == second.manifest
+    assert first.manifest.rows == {"items": 60, "interactions": len(tiny_source.events)}
+    again = execute("ingest", settings, force=True)
+    assert not again.reused
+    assert again.manifest.digest == first.manifest.digest
+
+
+def test_a_step_without_its_input_says_what_to_run(tiny_settings: TinySettings) -> None:
+    with pytest.raises(DataError) as error:
+        execute("validate", tiny_settings())
+    assert "needs the output of ingest" in error.value.first_line
+    assert "`hllm ingest`" in str(error.value)
+
+
+def test_a_step_that_does_not_exist(tiny_settings: TinySettings) -> None:
+    with pytest.raises(ConfigError, match="no step fly"):
+        execute("fly", tiny_settings())
+
+
+def test_the_plan_shows_what_is_done(tiny_settings: TinySettings, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tiny_settings()
+    run_steps(settings, "ingest")
+    capsys.readouterr()
+    plan(settings)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "done" in lines["ingest"]
+    for name in ("validate", "train-hllm-1", "evaluate"):
+        assert "to do" in lines[name]
+    assert keys(settings)["prepare"] in lines["prepare"]
+    assert {"register", "publish", "verify", "promote"} <= lines.keys()
+
+
+def test_a_bad_source_ends_the_command_with_65_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HLLM_TERMINATION_LOG", str(tmp_path / "termination-log"))
+    sets = [
+        f"run.root={tmp_path}",
+        f"data.items={tmp_path}/none.csv",
+        f"data.interactions={tmp_path}/none.csv",
+    ]
+    result = CliRunner().invoke(app, ["ingest", *(part for value in sets for part in ("--set", value))])
+    assert result.exit_code == 65
+    assert "none.csv: no such file" in result.output
+    assert "Traceback" not in result.output
+    assert (tmp_path / "termination-log").read_text() == f"{tmp_path}/none.csv: no such file\n"
+
+
+def test_a_misspelt_setting_ends_the_command_with_64() -> None:
+    result = CliRunner().invoke(app, ["plan", "--set", "run.nmae=x"])
+    assert result.exit_code == 64
+    assert "Did you mean run.name?" in result.output
+    assert Store("unused").manifest("ingest", "k") is None

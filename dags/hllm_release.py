@@ -60,7 +60,7 @@ with DAG(
     "hllm_release",
     schedule=[CANDIDATE],
     catchup=False,
-    max_active_runs=1,
+    max_active_runs=16,  # a candidate that nobody answers must not hide the next one
     params={
         "version": Param(
             None,
@@ -96,7 +96,14 @@ with DAG(
         doc_md="**A person decides.** Nobody in `release.timeout_hours`: the run fails.",
     )
     publish, verify, promote, reject = (
-        hllm_task(settings, name, (name,), environment=environment, doc_md=f"**{what}**\n\n`hllm {name}`")
+        hllm_task(
+            settings,
+            name,
+            (name,),
+            environment=environment,
+            max_active_tis_per_dag=1,
+            doc_md=f"**{what}**\n\n`hllm {name}`",
+        )
         for name, what in (
             ("publish", "User and item vectors to Feast, in views of this version"),
             ("verify", "Read back from Feast and compare with the export"),

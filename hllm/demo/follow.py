@@ -13,8 +13,9 @@ from hllm.errors import HLLMError, InfraError
 from hllm.settings import Settings
 
 POLL_SECONDS = 1.0
-ANSWER_AFTER_SECONDS = 2.0
-"""An approval that is answered within a second of its request fails its task."""
+ANSWER_AFTER_SECONDS = 5.0
+"""Airflow hears up to a heartbeat (2 s here) later that the asking process has ended. An answer that comes
+sooner starts the task again, the old end is taken for the end of the new start, and the task fails."""
 
 
 class Stopped(HLLMError):
@@ -106,31 +107,25 @@ class Approver:
 
     def __init__(self, api: Api, settings: Settings, run: str, say: Callable[[str], Any]) -> None:
         self.api, self.settings, self.run, self.say = api, settings, run, say
-        self._asked_at = 0.0
-        self._answered = False
+        self._asked: dict[int, float] = {}
+        """Number of the try -> when its request was first seen: a try that went wrong asks again."""
+        self._answered: set[int] = set()
 
     def __call__(self, task: dict[str, Any]) -> None:
-        if (
-            task["task_id"] != "approve"
-            or task["state"] not in ("awaiting_input", "deferred")
-            or self._answered
-        ):
+        attempt = task["try_number"]
+        if task["task_id"] != "approve" or task["state"] != "awaiting_input" or attempt in self._answered:
             return
-        page = f"{self.api.url}/dags/hllm_release/runs/{self.run}/tasks/approve/required_actions"
-        if not self._asked_at:
-            self._asked_at = time.monotonic()
-            self.say(f"  approve          a person is asked: {page}")
-            if not self.settings.release.approve_automatically:
-                self.say(
-                    f"{'':<18} waiting for an answer, at most {self.settings.release.timeout_hours:g} hours"
-                )
-        if (
-            self.settings.release.approve_automatically
-            and time.monotonic() - self._asked_at >= ANSWER_AFTER_SECONDS
-        ):
-            name = self.settings.release.approved_by
+        release = self.settings.release
+        if attempt not in self._asked:
+            self._asked[attempt] = time.monotonic()
+            page = f"/dags/hllm_release/runs/{self.run}/tasks/approve/required_actions"
+            self.say(f"  approve          a person is asked: {self.api.url}{page}")
+            if not release.approve_automatically:
+                self.say(f"{'':<18} waiting for an answer, at most {release.timeout_hours:g} hours")
+        if release.approve_automatically and time.monotonic() - self._asked[attempt] >= ANSWER_AFTER_SECONDS:
             self.api.approve("hllm_release", self.run, "approve", "release.approve_automatically is true")
+            name = release.approved_by
             self.say(
                 f"  approve          answered in the name {name!r}: release.approve_automatically is true"
             )
-            self._answered = True
+            self._answered.add(attempt)

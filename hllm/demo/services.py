@@ -228,6 +228,8 @@ def airflow_environment(settings: Settings, config: str, home: Path, url: str) -
         "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "120",
         "DAG_PROCESSOR__REFRESH_INTERVAL": "60",
         "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
+        # How soon the end of a task's process is seen.
+        "WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
         "USAGE_DATA_COLLECTION__ENABLED": "False",
     }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")}

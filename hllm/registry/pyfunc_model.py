@@ -9,15 +9,11 @@ both: the model loads where the requirements are installed, `hllm` itself or not
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-
-# The signature is explicit; MLflow still asks for type hints, and refuses those that it does not know.
-warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
 
 
 class Recommender(PythonModel):
@@ -30,7 +26,9 @@ class Recommender(PythonModel):
 
         self.package = Package.open(Path(context.artifacts["package"]))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         asked = {"k": 10, "filter_history": True} | (params or {})
         histories = [[str(item_id) for item_id in history] for history in model_input["history"]]
         k, filter_history = int(asked["k"]), bool(asked["filter_history"])

@@ -123,6 +123,8 @@ def test_the_model_answers_where_hllm_is_not_installed(
     assert here["item_ids"].tolist() == [[item_id for item_id, _ in row] for row in expected]
     assert not set(here["item_ids"][0]) & set(histories[0])
     assert len(model.predict(asked)["item_ids"][1]) == 10
+    nobody = model.predict(pd.DataFrame({"history": [[], ["never heard of it"]]}))
+    assert nobody["item_ids"].tolist() == nobody["scores"].tolist() == [[], []]
     with_history = model.predict(asked, params={"k": 60, "filter_history": False})
     assert set(histories[0]) <= set(with_history["item_ids"][0])
     # Elsewhere: the path of this checkout is hidden, so `hllm` comes out of the model itself.
@@ -130,6 +132,7 @@ def test_the_model_answers_where_hllm_is_not_installed(
     argv += [settings.mlflow.tracking_uri, "models:/hllm/1", json.dumps(histories)]
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, timeout=180)
     assert done.returncode == 0, done.stderr
+    assert "type hint" not in done.stderr
     there = json.loads(done.stdout.splitlines()[-1])
     assert there["answer"]["item_ids"] == here["item_ids"].tolist()
     for row, scores in enumerate(there["answer"]["scores"]):
@@ -249,6 +252,7 @@ def test_a_pipeline_that_is_not_evaluated_cannot_be_registered(pipeline: Callabl
         register(pipeline(**{"run.seed": 99}))
 
 
+@pytest.mark.slow
 def test_a_server_keeps_the_model_and_hands_it_out(
     pipeline: Callable[..., Settings], mlflow_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

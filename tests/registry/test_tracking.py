@@ -187,6 +187,20 @@ def test_a_server_that_is_away_stops_a_step_before_its_work(
     assert "secret" not in str(error.value)
 
 
+def test_commands_end_with_75_when_the_server_is_away(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from hllm.cli import app
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    done = CliRunner().invoke(app, ["rollback", "--set", f"run.root={tmp_path}"])
+    assert done.exit_code == 75
+    assert "MLflow does not answer" in done.stderr
+    assert "Traceback" not in done.output
+
+
 def test_a_server_that_goes_away_costs_the_record_but_not_the_work(
     settings: Settings,
     mlflow_server: Server,

@@ -1,0 +1,83 @@
+"""The item side: one vector per text, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hllm.models.backbone import build_decoder
+from hllm.models.items import CachedItems, IdItems, TextItems
+from hllm.settings import Decoder
+
+TEXTS = [b"Toy Story", b"GoldenEye", b"a", b"Toy Story 2: the longest title of all", "日本 🎬".encode(), b"Heat", b"Heat"]
+OFFSETS = np.concatenate([[0], np.cumsum([len(text) for text in TEXTS])]).astype(np.int64)
+TOKENS = np.frombuffer(b"".join(TEXTS), np.uint8).astype(np.int32)
+
+
+def text_items(trim: bool = False) -> TextItems:
+    torch.manual_seed(1)
+    items = TextItems(build_decoder(Decoder(width=32, layers=2, heads=2), 256))
+    items.attach(TOKENS, OFFSETS, trim=trim)
+    return items.eval()
+
+
+ITEMS = text_items()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=7, unique=True))
+def test_a_vector_is_the_same_alone_and_in_any_company(chosen: list[int]):
+    with torch.no_grad():
+        together = ITEMS(np.array(chosen))
+        alone = torch.cat([ITEMS(np.array([item])) for item in chosen])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_vectors_have_unit_length_and_equal_texts_equal_vectors():
+    with torch.no_grad():
+        vectors = ITEMS(np.arange(len(TEXTS)))
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(TEXTS)))
+    torch.testing.assert_close(vectors[5], vectors[6])
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-3
+
+
+def test_trimming_the_vocabulary_changes_neither_vectors_nor_what_is_saved():
+    whole, trimmed = text_items(), text_items(trim=True)
+    assert len(trimmed.words) == len(np.unique(TOKENS)) < 256
+    with torch.no_grad():
+        torch.testing.assert_close(trimmed(np.arange(7)), whole(np.arange(7)))
+        trimmed.words += 1.0
+    saved, untouched = trimmed.full_state()["words"], whole.words.detach()
+    used = np.unique(TOKENS)
+    unused = np.setdiff1d(np.arange(256), used)
+    assert saved.shape == (256, 32)
+    torch.testing.assert_close(saved[used], untouched[used] + 1.0)
+    torch.testing.assert_close(saved[unused], untouched[unused])
+
+
+def test_the_item_token_and_the_words_learn():
+    items = text_items(trim=True)
+    items(np.arange(7))[:, 0].sum().backward()
+    assert items.item_token.grad is not None
+    assert items.item_token.grad.abs().sum() > 0
+    assert items.words.grad is not None
+    assert items.words.grad.abs().sum() > 0
+
+
+def test_ids_and_cache_look_up_rows():
+    table = IdItems(5, 8)
+    torch.testing.assert_close(table(np.array([3, 1]))[0], table(np.array([3]))[0])
+    cached = CachedItems(np.eye(4, dtype=np.float32))
+    assert cached(np.array([2, 0])).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert not list(cached.parameters())
+
+
+@pytest.mark.parametrize("length", [1, 2, 24])
+def test_texts_of_the_shortest_and_longest_length(length: int):
+    items = text_items()
+    items.attach(np.arange(length, dtype=np.int32), np.array([0, length]))
+    with torch.no_grad():
+        assert torch.isfinite(items(np.array([0]))).all()

@@ -1,0 +1,89 @@
+"""The loss against a plain loop over the paper's formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hllm.models.items import IdItems
+from hllm.models.packing import Packing
+from hllm.models.recommender import Batch, Recommender, info_nce
+from hllm.models.users import SASRecUser
+
+
+def vectors(*shape: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def loss_by_hand(outputs, targets, negatives, own, scale, limit):
+    losses = []
+    for t in range(len(outputs)):
+        positive = math.exp(scale * float(outputs[t] @ targets[t]))
+        total = positive
+        for n in range(len(negatives)):
+            if not own[t, n] and float(targets[t] @ negatives[n]) <= limit:
+                total += math.exp(scale * float(outputs[t] @ negatives[n]))
+        losses.append(-math.log(positive / total))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("limit", [0.99, 0.2])
+def test_info_nce_is_the_papers_formula(limit: float):
+    outputs, targets, negatives = vectors(6, 8, seed=1), vectors(6, 8, seed=2), vectors(5, 8, seed=3)
+    own = torch.tensor(np.random.default_rng(0).random((6, 5)) < 0.3)
+    found = info_nce(outputs, targets, negatives, own, torch.tensor(10.0), limit)
+    assert float(found) == pytest.approx(loss_by_hand(outputs, targets, negatives, own, 10.0, limit), rel=1e-5)
+
+
+def test_a_twin_of_the_target_is_no_negative():
+    outputs, targets = vectors(3, 8, seed=1), vectors(3, 8, seed=2)
+    with_twin = info_nce(outputs, targets, torch.cat([targets, vectors(2, 8, seed=5)]), torch.zeros(3, 5, dtype=torch.bool), torch.tensor(5.0), 0.99)
+    own = torch.zeros(3, 5, dtype=torch.bool)
+    own[:, :3] = torch.eye(3, dtype=torch.bool)
+    said = info_nce(outputs, targets, torch.cat([targets, vectors(2, 8, seed=5)]), own, torch.tensor(5.0), 2.0)
+    assert float(with_twin) == pytest.approx(float(said))
+
+
+def test_a_row_without_any_negative_has_a_finite_gradient():
+    outputs = vectors(2, 4, seed=1).requires_grad_()
+    loss = info_nce(outputs, vectors(2, 4, seed=2), vectors(3, 4, seed=3), torch.ones(2, 3, dtype=torch.bool), torch.tensor(5.0), 0.99)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert outputs.grad is not None
+    assert torch.isfinite(outputs.grad).all()
+
+
+def test_temperature_starts_where_the_setting_says_and_is_clamped():
+    model = Recommender(IdItems(4, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07, 0.99)
+    assert float(model.scale) == pytest.approx(1 / 0.07)
+    for far, edge in ((9.0, 100.0), (-9.0, 1.0)):
+        model.log_scale.data.fill_(far)
+        assert float(model.scale) == pytest.approx(edge)
+
+
+def test_every_distinct_item_is_encoded_once():
+    encoded: list[np.ndarray] = []
+
+    class Counting(IdItems):
+        def forward(self, items_K):
+            encoded.append(items_K)
+            return super().forward(items_K)
+
+    model = Recommender(Counting(9, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07, 0.99)
+    batch = Batch(Packing(np.array([2, 3])), np.array([1, 1, 2, 1, 2]), np.array([1, 2, 1, 2, 3]), np.array([3, 7]), np.zeros((2, 2), bool))
+    model.loss(batch).backward()
+    assert [sorted(items) for items in encoded] == [[1, 2, 3, 7]]
+
+
+def test_sasrec_predicts_from_the_past_alone():
+    torch.manual_seed(0)
+    user = SASRecUser(8, 2, 2, 0.0, 6).eval()
+    history, packing = vectors(5, 8, seed=4), Packing(np.array([5]))
+    changed = history.clone()
+    changed[3:] = vectors(2, 8, seed=9)
+    torch.testing.assert_close(user(history, packing)[:3], user(changed, packing)[:3])
+    assert (user(history, packing)[3:] - user(changed, packing)[3:]).abs().max() > 1e-4

@@ -1,0 +1,61 @@
+"""Batches: every event is learned from, nothing held out leaks in, negatives are never the user's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hllm.data.prepared import Prepared
+from hllm.training.batches import Batches
+from tests.training.world import prepared_of
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), window=st.integers(2, 9), batch=st.integers(1, 5))
+def test_an_epoch_predicts_every_training_event_but_the_first_exactly_once(tmp_path_factory, lengths, window, batch):
+    prepared = prepared_of(tmp_path_factory.mktemp("prepared"), lengths, items=40)
+    batches = Batches(prepared, window, batch, 5, seed=1)
+    predicted = Counter(target for step in range(batches.steps_per_epoch) for target in batches[step].targets_T.tolist())
+    expected: Counter[int] = Counter()
+    for start, end in zip(prepared.user_offsets[:-1], prepared.train_ends, strict=True):
+        expected.update(np.asarray(prepared.event_items[start + 1 : end]).tolist())
+    assert predicted == expected
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    return prepared_of(tmp_path, [12, 3, 7, 20], items=30)
+
+
+def test_the_target_is_the_event_after_the_history(prepared: Prepared):
+    batch = Batches(prepared, 4, 3, 5, seed=1)[0]
+    inside = np.diff(batch.packing.sequence_T) == 0
+    np.testing.assert_array_equal(batch.history_T[1:][inside], batch.targets_T[:-1][inside])
+
+
+def test_own_training_items_are_marked_and_held_out_ones_are_not(prepared: Prepared):
+    batches = Batches(prepared, 50, 4, 30, seed=1)
+    own_SN = batches._own(np.arange(4), np.arange(30))
+    for user in range(4):
+        trained = set(np.asarray(prepared.event_items[prepared.user_offsets[user] : prepared.train_ends[user]]).tolist())
+        assert set(np.flatnonzero(own_SN[user]).tolist()) == trained
+
+
+def test_batches_depend_on_seed_and_step_alone(prepared: Prepared):
+    one, other = Batches(prepared, 4, 3, 5, seed=1), Batches(prepared, 4, 3, 5, seed=1)
+    one[0], one[5]
+    for step in (7, 2):
+        np.testing.assert_array_equal(one[step].history_T, other[step].history_T)
+        np.testing.assert_array_equal(one[step].negatives_N, other[step].negatives_N)
+    different = Batches(prepared, 4, 3, 5, seed=2)
+    assert any(one[step].negatives_N.tolist() != different[step].negatives_N.tolist() for step in range(4))
+
+
+def test_negatives_are_distinct_and_at_most_the_catalogue(prepared: Prepared):
+    assert sorted(Batches(prepared, 4, 3, 10_000, seed=1)[0].negatives_N) == list(range(30))
+    assert len(set(Batches(prepared, 4, 3, 20, seed=1)[3].negatives_N.tolist())) == 20

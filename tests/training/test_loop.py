@@ -1,0 +1,134 @@
+"""The loop: it learns, it stops when told, and a killed run ends bit for bit where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hllm.data.prepared import Prepared
+from hllm.errors import DataError, Terminated
+from hllm.models.recommender import Recommender
+from hllm.settings import Stage
+from hllm.training.batches import Batches
+from hllm.training.loop import Trained, fit, learning_rate, parameter_groups
+from tests.training.world import prepared_of, tiny_model
+
+STAGE = Stage(history_length=8, batch_size=4, negatives=10, steps=20, lr=3e-3)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    (tmp_path / "prepared").mkdir()
+    return prepared_of(tmp_path / "prepared", [12, 9, 15, 20, 11], items=30)
+
+
+def run(prepared: Prepared, work: Path, model: Recommender, stage: Stage = STAGE, stop_after: int = 0, validate: Any = None) -> Trained:
+    """Train; with `stop_after`, as SIGTERM would end it during that step."""
+    work.mkdir(exist_ok=True)
+    stopping, batches = threading.Event(), Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, 1)
+
+    class Watched:
+        windows, steps_per_epoch = batches.windows, batches.steps_per_epoch
+
+        def __getitem__(self, step: int) -> Any:
+            if step + 1 == stop_after:
+                stopping.set()
+            return batches[step]
+
+    watched: Any = Watched()
+    return fit(model, watched, stage, seed=1, work=work, stopping=stopping, log=lambda values, at: None, validate=validate)
+
+
+def weights(model: Recommender) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_identical(one: Recommender, other: Recommender) -> None:
+    for name, value in weights(one).items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_ten_steps_a_stop_and_ten_more_equal_twenty(prepared: Prepared, tmp_path: Path):
+    whole = tiny_model(30)
+    uninterrupted = run(prepared, tmp_path / "whole", whole)
+    with pytest.raises(Terminated):
+        run(prepared, tmp_path / "parts", tiny_model(30), stop_after=10)
+    second = tiny_model(30)
+    continued = run(prepared, tmp_path / "parts", second)
+    assert_identical(whole, second)
+    assert (continued.first_loss, continued.last_loss) == (uninterrupted.first_loss, uninterrupted.last_loss)
+
+
+def test_the_best_weights_survive_a_stop(prepared: Prepared, tmp_path: Path):
+    stage = STAGE.model_copy(update={"evaluate_every": 4})
+    scores = {4: 0.5, 8: 0.9, 12: 0.2, 16: 0.3, 20: 0.1}
+
+    def validator() -> Any:
+        return lambda model: scores[next(steps)]
+
+    steps = iter((4, 8, 12, 16, 20))
+    whole = tiny_model(30)
+    assert run(prepared, tmp_path / "whole", whole, stage, validate=validator()).best_step == 8
+    steps = iter((4, 8, 12, 16, 20))
+    with pytest.raises(Terminated):
+        run(prepared, tmp_path / "parts", tiny_model(30), stage, stop_after=10, validate=validator())
+    second = tiny_model(30)
+    assert run(prepared, tmp_path / "parts", second, stage, validate=validator()).best_step == 8
+    assert_identical(whole, second)
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(prepared: Prepared, tmp_path: Path, capsys):
+    whole = tiny_model(30)
+    run(prepared, tmp_path / "whole", whole)
+    for stop in (6, 12):
+        with pytest.raises(Terminated):
+            run(prepared, tmp_path / "parts", tiny_model(30), stop_after=stop)
+    newest = sorted((tmp_path / "parts").glob("step-*"))[-1] / "tensors.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    second = tiny_model(30)
+    run(prepared, tmp_path / "parts", second)
+    said = capsys.readouterr()
+    assert "step-000000012 is damaged" in said.err
+    assert "continues from step 6 of 20" in said.out
+    assert_identical(whole, second)
+
+
+def test_no_checkpoint_is_a_pickle(prepared: Prepared, tmp_path: Path):
+    with pytest.raises(Terminated):
+        run(prepared, tmp_path / "parts", tiny_model(30), stop_after=5)
+    assert {path.suffix for path in (tmp_path / "parts").rglob("*") if path.is_file()} == {".safetensors", ".json"}
+
+
+def test_training_lowers_the_loss(prepared: Prepared, tmp_path: Path):
+    trained = run(prepared, tmp_path / "work", tiny_model(30, dropout=0.0), STAGE.model_copy(update={"steps": 80}))
+    assert trained.last_loss < 0.5 * trained.first_loss
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(prepared: Prepared, tmp_path: Path):
+    model = tiny_model(30)
+    model.user.input_scale.data.fill_(float("nan"))
+    with pytest.raises(DataError, match="the loss is nan at step 0"):
+        run(prepared, tmp_path / "work", model)
+    assert (tmp_path / "work" / "not_finite.safetensors").exists()
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth():
+    stage = Stage(lr=1.0, warmup=0.1)
+    rates = [learning_rate(step, 100, stage) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert all(after <= before for before, after in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_weight_decay_spares_norms_biases_scalars_and_embeddings():
+    model = tiny_model(30)
+    decayed, spared = parameter_groups(model, 0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(parameter)].rpartition(".")[2] for parameter in decayed["params"]} == {"weight"}
+    assert {"items.table", "user.positions", "user.input_scale", "log_scale"} <= {names[id(parameter)] for parameter in spared["params"]}
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])

@@ -155,6 +155,9 @@ class Model(Section):
     """The ID-based baseline."""
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
+    whiten: bool = True
+    """Start the item vectors from the whitening of the pretrained ones (a trained linear layer after [ITEM], not in the
+    paper); false takes the hidden state itself."""
     false_negative_cosine: float = Field(0.99, gt=0, le=1)
     """A negative closer than this to the target is masked."""
 
@@ -182,8 +185,8 @@ class Stage(Section):
     """Steps between looks at the validation events (the best weights are kept); 0 keeps the last weights."""
     checkpoint_minutes: float = Field(5.0, gt=0)
     """Minutes between checkpoints; SIGTERM writes one too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward and backward pass (weights stay fp32)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward and backward pass (weights and loss stay fp32); `auto`: bf16 where the processor has it."""
 
 
 class Train(Section):

@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,)}
 """Family -> its training stages."""
 
 _TRAIN_DECIDES = {
-    ("hllm", 1): ("run.seed", "model.item_llm", "model.user_llm", "model.temperature", "model.false_negative_cosine", "train.stage1"),
+    ("hllm", 1): ("run.seed", "model.item_llm", "model.user_llm", "model.temperature", "model.whiten", "model.false_negative_cosine", "train.stage1"),
     ("hllm", 2): ("run.seed", "train.stage2"),
     ("sasrec", 1): ("run.seed", "model.sasrec", "model.temperature", "model.false_negative_cosine", "train.sasrec"),
 }

@@ -26,7 +26,7 @@ class TextItems(nn.Module):
     result is the same, and the optimizer need not walk over a vocabulary of 50,000 for a few thousand words.
     """
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, whiten: bool = False) -> None:
         super().__init__()
         words = decoder.get_input_embeddings().weight.detach()
         decoder.set_input_embeddings(nn.Identity())
@@ -34,6 +34,10 @@ class TextItems(nn.Module):
         self.words = nn.Parameter(words.clone())
         self.item_token = nn.Parameter(words.mean(0))
         self.width = words.shape[1]
+        if whiten:
+            self.centre = nn.Parameter(torch.zeros(self.width))
+            self.projection = nn.Parameter(torch.eye(self.width))
+        self.whiten = whiten
         self.all_words: Tensor | None = None
         self.used_words: Tensor | None = None
 
@@ -49,6 +53,22 @@ class TextItems(nn.Module):
 
     def forward(self, items_K: Items) -> Tensor:
         """Unit vectors of distinct items: (K,) -> (K, D). An item's vector does not depend on its neighbours."""
+        hidden_KD = F.normalize(self.hidden(items_K), dim=-1)
+        return F.normalize((hidden_KD - self.centre) @ self.projection, dim=-1) if self.whiten else hidden_KD
+
+    @torch.no_grad()
+    def start_white(self, items_K: Items, chunk: int = 512, floor: float = 1e-3) -> None:
+        """Let `centre` and `projection` start as the whitening of these items' vectors (eigenvalues below `floor` times the
+        largest are not blown up further). Pretrained hidden states of different texts point nearly the same way (mean cosine
+        0.986 after two layers of SmolLM2): nothing a temperature could pull apart in a few hundred steps."""
+        hidden_KD = torch.cat([F.normalize(self.hidden(part), dim=-1) for part in np.array_split(items_K, -(-len(items_K) // chunk))])
+        centre = hidden_KD.mean(0)
+        values, vectors = torch.linalg.eigh((hidden_KD - centre).T @ (hidden_KD - centre) / len(hidden_KD))
+        self.centre.copy_(centre)
+        self.projection.copy_(vectors / (values + floor * values[-1]).clamp_min(1e-12).sqrt() @ vectors.T)
+
+    def hidden(self, items_K: Items) -> Tensor:
+        """The last hidden state at [ITEM]: (K,) -> (K, D)."""
         lengths = self.token_offsets[items_K + 1] - self.token_offsets[items_K]
         order = np.argsort(lengths, kind="stable")
         packing = Packing(lengths[order] + 1)
@@ -64,7 +84,7 @@ class TextItems(nn.Module):
         inputs_TD = inputs_TD.index_copy(0, item_positions, self.item_token.expand(len(order), -1).to(words.dtype))
         sorted_KD = run_packed_to_last(self.decoder, inputs_TD, packing)
         back = torch.from_numpy(np.argsort(order, kind="stable")).to(device)
-        return F.normalize(sorted_KD[back].float(), dim=-1)
+        return sorted_KD[back].float()
 
     def full_state(self) -> dict[str, Tensor]:
         """Weights with the whole vocabulary, as they are saved and loaded."""

@@ -22,6 +22,8 @@ from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Settings
 
 SHAPE, ITEM, USER = "model.json", "item.safetensors", "user.safetensors"
+WHITENING_ITEMS = 8_192
+"""Items whose vectors decide how the whitening projection starts; more than any width needs."""
 
 
 def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommender:
@@ -32,8 +34,11 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
     user: DecoderUser | SASRecUser
     if family == "hllm":
         vocabulary = int(prepared.token_ids.max()) + 1 if not model.item_llm.backbone else 0
-        items = TextItems(build_decoder(model.item_llm, max(vocabulary, 256)))
+        items = TextItems(build_decoder(model.item_llm, max(vocabulary, 256)), model.whiten)
         items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
+        if model.whiten:
+            sample = np.random.default_rng(settings.run.seed).permutation(prepared.items)[:WHITENING_ITEMS]
+            items.start_white(np.sort(sample))
         user = DecoderUser(build_decoder(model.user_llm, 256))
         load_whole.cache_clear()
         if items.width != user.width:
@@ -76,7 +81,7 @@ def save_model(model: Recommender, family: str, folder: Path) -> None:
     if not isinstance(model.items, CachedItems):
         _save(model.items.full_state(), folder / ITEM)
     if isinstance(model.items, TextItems):
-        shape["item"] = _plain(model.items.decoder.config)
+        shape |= {"item": _plain(model.items.decoder.config), "whiten": model.items.whiten}
     _save({**model.user.state_dict(), "log_scale": model.log_scale.detach()}, folder / USER)
     write_atomically(folder / SHAPE, json.dumps(shape, indent=1, sort_keys=True).encode())
 
@@ -92,7 +97,7 @@ def load_item_model(folder: Path, prepared: Prepared) -> nn.Module:
     items: TextItems | IdItems
     if shape["family"] == "hllm":
         decoder = decoder_from_config({**shape["item"], "vocab_size": weights["words"].shape[0]})
-        items = TextItems(decoder)
+        items = TextItems(decoder, shape["whiten"])
         items.attach(prepared.token_ids, prepared.token_offsets)
     else:
         items = IdItems(*weights["table"].shape)

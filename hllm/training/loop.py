@@ -42,7 +42,7 @@ def total_steps(stage: Stage, batches: Batches) -> int:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices inside layers only: not on norms, biases, scalars, nor on embeddings."""
-    spared = ("words", "item_token", "table", "positions")
+    spared = ("words", "item_token", "projection", "table", "positions")
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -58,6 +58,14 @@ def learning_rate(step: int, steps: int, stage: Stage) -> float:
         return stage.lr * (step + 1) / warm
     along = (step - warm) / max(1, steps - warm)
     return stage.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2)
+
+
+def in_bf16(precision: str) -> bool:
+    """`auto` takes bf16 where the processor multiplies it natively: four times as fast as fp32 there, slower elsewhere."""
+    if precision != "auto":
+        return precision == "bf16"
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def fit(
@@ -96,7 +104,7 @@ def fit(
             torch.manual_seed(seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, stage)
-            with torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(stage.precision)):
                 loss = model.loss(batches[step])
             state["loss"] = float(loss.detach())
             if not math.isfinite(state["loss"]):

@@ -19,12 +19,27 @@ from hllm.steps import FAMILIES, embed_name, execute, terminate, train_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-Config = Annotated[Path | None, typer.Option("--config", "-c", envvar="HLLM_CONFIG", help="Settings file (TOML).")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="A.B=C", help="Override one setting; may be repeated.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", envvar="HLLM_CONFIG", help="Settings file (TOML).")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="A.B=C", help="Override one setting; may be repeated."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Run again even though the output exists.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Version = Annotated[str | None, typer.Option("--version", envvar="HLLM_VERSION", help="Model version; the one these settings registered when left out.")]
-Family = Annotated[str | None, typer.Option(help=f"Model family: {', '.join(FAMILIES)}. The settings' model.family when left out.")]
+Version = Annotated[
+    str | None,
+    typer.Option(
+        "--version",
+        envvar="HLLM_VERSION",
+        help="Model version; the one these settings registered when left out.",
+    ),
+]
+Family = Annotated[
+    str | None,
+    typer.Option(help=f"Model family: {', '.join(FAMILIES)}. The settings' model.family when left out."),
+]
 
 
 @app.command()
@@ -47,7 +62,9 @@ def prepare(config: Config = None, set: Set = None, force: Force = False, debug:
 
 @app.command()
 def train(
-    stage: Annotated[int, typer.Option(min=1, help="1: end to end. 2: the user model alone, from the item cache.")] = 1,
+    stage: Annotated[
+        int, typer.Option(min=1, help="1: end to end. 2: the user model alone, from the item cache.")
+    ] = 1,
     family: Family = None,
     config: Config = None,
     set: Set = None,
@@ -59,14 +76,20 @@ def train(
         settings = settings_module.load(config, set or ())
         chosen = _family(family, settings)
         if stage not in FAMILIES[chosen]:
-            typer.echo(f"train: {chosen} has no stage {stage} (its stages: {', '.join(map(str, FAMILIES[chosen]))}); nothing to do")
+            typer.echo(
+                f"train: {chosen} has no stage {stage} "
+                f"(its stages: {', '.join(map(str, FAMILIES[chosen]))}); nothing to do"
+            )
             return
         _run(train_name(chosen, stage), settings, force)
 
 
 @app.command()
 def embed(
-    stage: Annotated[int, typer.Option(help="1: encode every item into the item cache. 3: freeze, export every item and user.")] = 1,
+    stage: Annotated[
+        int,
+        typer.Option(help="1: encode every item into the item cache. 3: freeze, export every item and user."),
+    ] = 1,
     family: Family = None,
     config: Config = None,
     set: Set = None,
@@ -78,7 +101,9 @@ def embed(
         settings = settings_module.load(config, set or ())
         chosen = _family(family, settings)
         if stage not in (1, 3):
-            raise ConfigError("embed knows stage 1 (item cache) and stage 3 (export)", where=f"--stage {stage}")
+            raise ConfigError(
+                "embed knows stage 1 (item cache) and stage 3 (export)", where=f"--stage {stage}"
+            )
         _run(embed_name(chosen, stage), settings, force)
 
 
@@ -124,7 +149,12 @@ def promote(
     version: Version = None,
     by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
     note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
-    at: Annotated[str, typer.Option("--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out.")] = "",
+    at: Annotated[
+        str,
+        typer.Option(
+            "--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out."
+        ),
+    ] = "",
     config: Config = None,
     set: Set = None,
     debug: Debug = False,
@@ -141,7 +171,12 @@ def reject(
     version: Version = None,
     by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
     note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
-    at: Annotated[str, typer.Option("--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out.")] = "",
+    at: Annotated[
+        str,
+        typer.Option(
+            "--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out."
+        ),
+    ] = "",
     config: Config = None,
     set: Set = None,
     debug: Debug = False,
@@ -155,7 +190,10 @@ def reject(
 
 @app.command()
 def rollback(
-    to: Annotated[str | None, typer.Option("--to", help="Version to return to; the champion before this one when left out.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="Version to return to; the champion before this one when left out."),
+    ] = None,
     by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
     note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
     config: Config = None,
@@ -188,6 +226,7 @@ def doctor(config: Config = None, set: Set = None, debug: Debug = False) -> None
 
 
 def main() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours are in hllm.progress
     app()
 
 
@@ -211,7 +250,9 @@ def _run(name: str, settings: Settings, force: bool) -> None:
 def _family(family: str | None, settings: Settings) -> str:
     chosen = family or settings.model.family
     if chosen not in FAMILIES:
-        raise ConfigError(f"is not a model family; there are {', '.join(FAMILIES)}", where=f"--family {chosen}")
+        raise ConfigError(
+            f"is not a model family; there are {', '.join(FAMILIES)}", where=f"--family {chosen}"
+        )
     return chosen
 
 
@@ -234,7 +275,10 @@ def _command(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        _say_last(f"{type(error).__name__}: {error}\n  This is a bug. Run the same command with --debug for the traceback.")
+        _say_last(
+            f"{type(error).__name__}: {error}\n"
+            "  This is a bug. Run the same command with --debug for the traceback."
+        )
         raise SystemExit(HLLMError.exit_code) from None
 
 
@@ -251,5 +295,3 @@ def _leave(line: str, result: object = None) -> None:
     if log.exists() or "HLLM_TERMINATION_LOG" in os.environ:
         with contextlib.suppress(OSError):
             log.write_text(line + "\n" + (json.dumps(result) + "\n" if result is not None else ""), "utf-8")
-
-

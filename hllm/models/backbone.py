@@ -1,4 +1,5 @@
-"""Decoders and tokenizers from wherever `transformers` can load them: a folder, a hub name, a GGUF file, a package.
+"""Decoders and tokenizers from wherever `transformers` can load them: a folder, a hub name, a GGUF file, a
+package.
 
 A decoder here is the bare stack of layers: no language-model head is ever built.
 """
@@ -44,13 +45,16 @@ def find(backbone: str) -> Source:
             raise ConfigError(
                 f"the Python package {package} is not installed",
                 where="backbone",
-                remedy="Install it, or name a local folder, a hub name or a .gguf file in model.item_llm.backbone.",
+                remedy="Install it, or name a local folder, a hub name or a .gguf file "
+                "in model.item_llm.backbone.",
             )
         backbone = str(Path(spec.submodule_search_locations[0]) / inside)
     if backbone.endswith(".gguf"):
         path = Path(backbone)
         if not path.is_file():
-            raise ConfigError("no such file", where=f"backbone {backbone}", remedy=f"Looked in {path.resolve()}.")
+            raise ConfigError(
+                "no such file", where=f"backbone {backbone}", remedy=f"Looked in {path.resolve()}."
+            )
         return Source(str(path.parent), path.name)
     return Source(backbone)
 
@@ -75,7 +79,9 @@ class PretrainedTokenizer:
         self.vocabulary = len(self._tokenizer)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
 
 
 def tokenizer_for(backbone: str) -> ByteTokenizer | PretrainedTokenizer:
@@ -103,14 +109,18 @@ def build_decoder(settings: Decoder, vocabulary: int) -> Any:
     whole = load_whole(source)
     config = type(whole.config).from_dict(whole.config.to_dict())
     if settings.layers > config.num_hidden_layers:
-        raise ConfigError(f"asks for {settings.layers} layers of {config.num_hidden_layers}", where="model.*.layers")
+        raise ConfigError(
+            f"asks for {settings.layers} layers of {config.num_hidden_layers}", where="model.*.layers"
+        )
     config.num_hidden_layers = settings.layers or config.num_hidden_layers
     decoder = AutoModel.from_config(_cut(config), attn_implementation=ATTENTION, dtype=torch.float32)
     wanted = decoder.state_dict()
     weights = {name: value for name, value in whole.state_dict().items() if name in wanted}
     missing = wanted.keys() - weights.keys()
     if missing:
-        raise ConfigError("the backbone lacks weights of its own shape", where=settings.backbone, examples=sorted(missing))
+        raise ConfigError(
+            "the backbone lacks weights of its own shape", where=settings.backbone, examples=sorted(missing)
+        )
     decoder.load_state_dict(weights)
     return decoder
 
@@ -144,6 +154,9 @@ def random_config(settings: Decoder, vocabulary: int) -> Any:
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
         max_position_embeddings=2048,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 
@@ -153,17 +166,20 @@ def decoder_from_config(config: dict[str, Any]) -> Any:
 
     from hllm.models.packing import ATTENTION
 
-    values = dict(config)
-    return AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values), attn_implementation=ATTENTION)
+    values = {name: value for name, value in config.items() if not name.endswith("_token_id")}
+    shell = _cut(AutoConfig.for_model(values.pop("model_type"), **values))
+    return AutoModel.from_config(shell, attn_implementation=ATTENTION)
 
 
 def _cut(config: Any) -> Any:
-    """A configuration without quantisation (weights are plain) and with per-layer lists as long as the stack."""
+    """A configuration without quantisation (weights are plain) and with per-layer lists as long as the
+    stack."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     config.use_cache = False
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # nothing is padded or generated
     return config
 
 

@@ -51,7 +51,11 @@ class Manifest:
         except FileNotFoundError:
             return None
         except (json.JSONDecodeError, TypeError) as error:
-            raise DataError(f"is damaged: {error}", where=folder / MANIFEST, remedy="Delete the folder and run the step again.") from None
+            raise DataError(
+                f"is damaged: {error}",
+                where=folder / MANIFEST,
+                remedy="Delete the folder and run the step again.",
+            ) from None
 
 
 def digest_of(value: Any) -> str:
@@ -120,13 +124,20 @@ class Store:
             return folder
         manifest = self.manifest(step, key)
         if manifest is None:
-            raise DataError(f"{step} has no finished output", where=self.location(step, key), remedy=f"Run `hllm plan`, then the step {step}.")
+            raise DataError(
+                f"{step} has no finished output",
+                where=self.location(step, key),
+                remedy=f"Run `hllm plan`, then the step {step}.",
+            )
         client = s3_client()
         for name, digest in manifest.files.items():
             download(f"{self.location(step, key)}/{name}", folder / name, client)
             if digest_file(folder / name) != digest:
                 (folder / name).unlink()
-                raise InfraError("arrived damaged: its digest differs from the manifest's", where=f"{self.location(step, key)}/{name}")
+                raise InfraError(
+                    "arrived damaged: its digest differs from the manifest's",
+                    where=f"{self.location(step, key)}/{name}",
+                )
         manifest.write(folder)
         return folder
 
@@ -137,7 +148,10 @@ class Store:
             location = self.location(manifest.step, manifest.key)
             client = s3_client()  # one for all threads: making one takes longer than a small upload
             with ThreadPoolExecutor(4) as pool:
-                sent = [pool.submit(upload, folder / name, f"{location}/{name}", client) for name in manifest.files]
+                sent = [
+                    pool.submit(upload, folder / name, f"{location}/{name}", client)
+                    for name in manifest.files
+                ]
                 for done in sent:
                     done.result()
         manifest.write(folder)
@@ -147,7 +161,9 @@ class Store:
     def finished(self, step: str) -> list[Manifest]:
         """Every finished output of a step, oldest first."""
         if self.remote:
-            places = [place for place in list_objects(f"{self.root}/{step}/") if place.endswith(f"/{MANIFEST}")]
+            places = [
+                place for place in list_objects(f"{self.root}/{step}/") if place.endswith(f"/{MANIFEST}")
+            ]
             found = [Manifest(**json.loads(body)) for body in map(read_object, places) if body is not None]
         else:
             folders = [folder for folder in sorted((self.local / step).glob("*")) if folder.is_dir()]
@@ -165,16 +181,24 @@ class Store:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InfraError("another process is writing this output", where=self.location(step, key), remedy="Wait for it, then run again.") from None
+                raise InfraError(
+                    "another process is writing this output",
+                    where=self.location(step, key),
+                    remedy="Wait for it, then run again.",
+                ) from None
             yield
 
 
 def file_digests(folder: Path, exclude: tuple[str, ...] = ("work",)) -> dict[str, str]:
-    """Relative name -> sha256 of every file; `exclude` names top folders (scratch: checkpoints, partial shards)."""
+    """Relative name -> sha256 of every file; `exclude` names top folders (scratch: checkpoints, partial
+    shards)."""
     return {
         str(path.relative_to(folder)): digest_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and path.relative_to(folder).parts[0] not in exclude and not path.name.startswith(".")
+        if path.is_file()
+        and path.name != MANIFEST
+        and path.relative_to(folder).parts[0] not in exclude
+        and not path.name.startswith(".")
     }
 
 
@@ -219,10 +243,16 @@ def s3_errors(location: str) -> Iterator[None]:
         if code in {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}:
             raise DataError("does not exist", where=location) from None
         if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
-            raise InfraError("access denied", where=location, remedy="Check the AWS credentials of this process.") from None
+            raise InfraError(
+                "access denied", where=location, remedy="Check the AWS credentials of this process."
+            ) from None
         raise InfraError(str(error), where=location) from None
     except (BotoCoreError, Boto3Error) as error:
-        raise InfraError(str(error), where=location, remedy="Check AWS_ENDPOINT_URL_S3 and the credentials; retrying helps when the network failed.") from None
+        raise InfraError(
+            str(error),
+            where=location,
+            remedy="Check AWS_ENDPOINT_URL_S3 and the credentials; retrying helps when the network failed.",
+        ) from None
 
 
 def upload(path: Path, location: str, client: Any = None) -> None:
@@ -261,7 +291,8 @@ def list_objects(location: str) -> list[str]:
 
 
 def fingerprint(location: str) -> str:
-    """What a source file's content is known by: sha256 of a local file, entity tag and size of an S3 object."""
+    """What a source file's content is known by: sha256 of a local file, entity tag and size of an S3
+    object."""
     if is_s3(location):
         bucket, key = split_s3(location)
         with s3_errors(location):

@@ -16,8 +16,21 @@ def plan(settings: Settings) -> None:
     for step in steps(settings).values():
         manifest = store.manifest(step.name, all_keys[step.name])
         state = f"done {manifest.created_at}" if manifest else "to do"
-        rows.append((step.name, state, f"{manifest.seconds:.0f} s" if manifest else "", all_keys[step.name], f"hllm {' '.join(step.argv)}"))
-    for command, after in (("register", "evaluate"), ("publish", "approval"), ("verify", "publish"), ("promote", "verify")):
+        rows.append(
+            (
+                step.name,
+                state,
+                f"{manifest.seconds:.0f} s" if manifest else "",
+                all_keys[step.name],
+                f"hllm {' '.join(step.argv)}",
+            )
+        )
+    for command, after in (
+        ("register", "evaluate"),
+        ("publish", "approval"),
+        ("verify", "publish"),
+        ("promote", "verify"),
+    ):
         rows.append((command, f"after {after}", "", "", f"hllm {command}"))
     typer.echo(f"pipeline {pipeline_key(all_keys)} of {settings.run.name}, outputs in {settings.run.root}")
     typer.echo(tabulate(rows, headers=("step", "state", "took", "key", "command")))

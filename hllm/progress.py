@@ -58,7 +58,10 @@ class Progress:
         filled = int(24 * self.done / max(self.total, 1))
         values = " ".join(f"{name} {value:.4g}" for name, value in self.values.items())
         bar = "#" * filled + "-" * (24 - filled)
-        sys.stderr.write(f"\r{self.what} [{bar}] {self.done:,}/{self.total:,} {rate:,.1f} {self.unit}/s {left:,.0f} s left {values}\033[K")
+        sys.stderr.write(
+            f"\r{self.what} [{bar}] {self.done:,}/{self.total:,} {rate:,.1f} {self.unit}/s "
+            f"{left:,.0f} s left {values}\033[K"
+        )
         sys.stderr.flush()
 
     def _line(self) -> None:

@@ -24,7 +24,9 @@ ENV_PREFIX = "HLLM__"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Run(Section):
@@ -44,8 +46,8 @@ class Columns(Section):
     item_id: str = "item_id"
     """Column of both files that names the item."""
     timestamp: str = "timestamp"
-    """Column of the interactions file with the time of the event. Empty: the file is ordered and has no times;
-    row n gets `data.order_starts` + n seconds."""
+    """Column of the interactions file with the time of the event. Empty: the file is ordered and has no
+    times; row n gets `data.order_starts` + n seconds."""
     label: str = ""
     """Column with 0/1 labels; empty when there is none."""
     event: str = ""
@@ -61,7 +63,8 @@ class Data(Section):
     """`movielens`: ml-100k atomic files. `amazon`: `NAME.inter.json` + `NAME.item.json`, order only.
     `table`: Parquet or CSV with the names in `data.columns`."""
     path: str = ""
-    """Folder (or s3://) of a `movielens` or `amazon` source. Empty, for movielens: the copy inside the installed recbole wheel."""
+    """Folder (or s3://) of a `movielens` or `amazon` source. Empty, for movielens: the copy inside the
+    installed recbole wheel."""
     interactions: str = ""
     """Interactions file of a `table` source: local path or s3://, .parquet or .csv."""
     items: str = ""
@@ -69,7 +72,8 @@ class Data(Section):
     columns: Columns = Columns()
     """How the columns of a `table` source are called."""
     timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
-    """Unit of the source's timestamps: seconds, milliseconds, microseconds since 1970, or ISO 8601 text (UTC when it names no zone)."""
+    """Unit of the source's timestamps: seconds, milliseconds, microseconds since 1970, or ISO 8601 text (UTC
+    when it names no zone)."""
     order_starts: int = 1_000_000_000
     """Sources without times: the n-th event of a user happens at this second + n."""
     positive_rating: float = 4.0
@@ -86,7 +90,8 @@ class Validation(Section):
     max_text_chars: int = Field(50_000, ge=1)
     """Items with a longer text are quarantined: it is nearly always a page scraped by mistake."""
     max_quarantined: float = Field(0.01, ge=0, le=1)
-    """The largest share of rows of a table that may be quarantined before the step fails, for each reason not named below."""
+    """The largest share of rows of a table that may be quarantined before the step fails, for each reason not
+    named below."""
     max_unknown_items: float = Field(0.001, ge=0, le=1)
     """The largest share of interactions whose item the catalogue lacks."""
     max_duplicates: float = Field(0.01, ge=0, le=1)
@@ -121,8 +126,9 @@ class Prepare(Section):
 
 class Decoder(Section):
     backbone: str = ""
-    """A local folder, a hub name, or a .gguf file that `transformers` loads as a decoder; `package:NAME/FILE` finds a file
-    inside an installed Python package. Empty: the small random decoder given by width, heads and layers."""
+    """A local folder, a hub name, or a .gguf file that `transformers` loads as a decoder; `package:NAME/FILE`
+    finds a file inside an installed Python package. Empty: the small random decoder given by width, heads and
+    layers."""
     pretrained: bool = True
     """Load the backbone's weights; false keeps its shape and starts at random."""
     layers: int = Field(0, ge=0)
@@ -146,7 +152,8 @@ class SASRec(Section):
 
 class Model(Section):
     family: Literal["hllm", "sasrec"] = "hllm"
-    """The family that is registered and published. SASRec and most-popular are always trained beside it for comparison."""
+    """The family that is registered and published. SASRec and most-popular are always trained beside it for
+    comparison."""
     item_llm: Decoder = Decoder()
     """Reads an item's text into one vector."""
     user_llm: Decoder = Decoder()
@@ -156,8 +163,8 @@ class Model(Section):
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
     whiten: bool = True
-    """Start the item vectors from the whitening of the pretrained ones (a trained linear layer after [ITEM], not in the
-    paper); false takes the hidden state itself."""
+    """Start the item vectors from the whitening of the pretrained ones (a trained linear layer after [ITEM],
+    not in the paper); false takes the hidden state itself."""
     false_negative_cosine: float = Field(0.99, gt=0, le=1)
     """A negative closer than this to the target is masked."""
 
@@ -168,7 +175,8 @@ class Stage(Section):
     batch_size: int = Field(32, ge=1)
     """Windows per step."""
     negatives: int = Field(512, ge=1)
-    """Items drawn uniformly from the catalogue, shared by the batch; at least the catalogue's size means all of it."""
+    """Items drawn uniformly from the catalogue, shared by the batch; at least the catalogue's size means all
+    of it."""
     epochs: float = Field(1.0, gt=0)
     """Passes over all windows; ignored when `steps` is given."""
     steps: int = Field(0, ge=0)
@@ -186,7 +194,8 @@ class Stage(Section):
     checkpoint_minutes: float = Field(5.0, gt=0)
     """Minutes between checkpoints; SIGTERM writes one too."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward and backward pass (weights and loss stay fp32); `auto`: bf16 where the processor has it."""
+    """Arithmetic of the forward and backward pass (weights and loss stay fp32); `auto`: bf16 where the
+    processor has it."""
 
 
 class Train(Section):
@@ -264,7 +273,8 @@ class Feast(Section):
     online: Literal["sqlite", "redis", "postgres"] = "sqlite"
     """Online store."""
     online_url: str = "runs/feast/online.db"
-    """SQLite file, `host:port` of Redis, or `host:port/database` of Postgres; the password comes from HLLM_FEAST_PASSWORD."""
+    """SQLite file, `host:port` of Redis, or `host:port/database` of Postgres; the password comes from
+    HLLM_FEAST_PASSWORD."""
     offline: Literal["file", "postgres"] = "file"
     """Offline store."""
     offline_path: str = "runs/feast/offline"
@@ -277,7 +287,8 @@ class Feast(Section):
 
 class Release(Section):
     approve_automatically: bool = False
-    """Answer Airflow's approval request at once, in the name `approved_by`. For demonstrations: a person should decide."""
+    """Answer Airflow's approval request at once, in the name `approved_by`. For demonstrations: a person
+    should decide."""
     approved_by: str = "automatic"
     """The name an automatic approval is recorded under."""
     timeout_hours: float = Field(72.0, gt=0)
@@ -295,7 +306,8 @@ class Runner(Section):
 
 class Report(Section):
     price_per_hour: float = Field(0.10, ge=0)
-    """What an hour of the machine costs, for the cost of each step (0.10 is about two cloud CPU cores); 0 leaves it out."""
+    """What an hour of the machine costs, for the cost of each step (0.10 is about two cloud CPU cores); 0
+    leaves it out."""
     currency: str = "USD"
     """Currency of `price_per_hour`."""
 
@@ -324,11 +336,14 @@ class Settings(Section):
         return value
 
 
-def load(path: str | Path | None, overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> Settings:
+def load(
+    path: str | Path | None, overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ
+) -> Settings:
     """Settings from a TOML file, the environment and `a.b=c` overrides.
 
     Raises:
-        ConfigError: the file is missing or not TOML, a key is unknown (with the nearest key), a value does not fit.
+        ConfigError: the file is missing or not TOML, a key is unknown (with the nearest key), a value
+            does not fit.
     """
     where = str(path) if path else "settings"
     tree = _read_toml(Path(path)) if path else {}
@@ -378,7 +393,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ConfigError("no such settings file", where=path, remedy=f"Looked in {path.resolve()}.") from None
+        raise ConfigError(
+            "no such settings file", where=path, remedy=f"Looked in {path.resolve()}."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"is not valid TOML: {error}", where=path) from None
 
@@ -395,7 +412,9 @@ def _put(tree: dict[str, Any], dotted: str, text: str, source: str) -> None:
         tree[last] = text
 
 
-def _refuse_unknown(tree: Mapping[str, Any], model: type[Section], prefix: str, where: str, sources: Mapping[str, str]) -> None:
+def _refuse_unknown(
+    tree: Mapping[str, Any], model: type[Section], prefix: str, where: str, sources: Mapping[str, str]
+) -> None:
     for key, value in tree.items():
         dotted = prefix + key
         if key not in model.model_fields:

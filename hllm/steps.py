@@ -35,7 +35,8 @@ class Step:
     title: str
     needs: tuple[str, ...]
     decides: tuple[str, ...]
-    """Dotted settings that change the output; together with the keys of `needs` they make the output's key."""
+    """Dotted settings that change the output; together with the keys of `needs` they make the output's
+    key."""
     run: str
     """`module:function`, imported only when the step really runs: `function(context) -> None`."""
     revision: int = 1
@@ -46,9 +47,23 @@ FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,)}
 """Family -> its training stages."""
 
 _TRAIN_DECIDES = {
-    ("hllm", 1): ("run.seed", "model.item_llm", "model.user_llm", "model.temperature", "model.whiten", "model.false_negative_cosine", "train.stage1"),
+    ("hllm", 1): (
+        "run.seed",
+        "model.item_llm",
+        "model.user_llm",
+        "model.temperature",
+        "model.whiten",
+        "model.false_negative_cosine",
+        "train.stage1",
+    ),
     ("hllm", 2): ("run.seed", "train.stage2"),
-    ("sasrec", 1): ("run.seed", "model.sasrec", "model.temperature", "model.false_negative_cosine", "train.sasrec"),
+    ("sasrec", 1): (
+        "run.seed",
+        "model.sasrec",
+        "model.temperature",
+        "model.false_negative_cosine",
+        "train.sasrec",
+    ),
 }
 
 
@@ -64,9 +79,30 @@ def steps(settings: Settings) -> dict[str, Step]:
     """The steps up to the evaluation, in an order in which they can run. Registering and publishing
     act on services and are found in `hllm.registry` and `hllm.features`."""
     found = [
-        Step("ingest", ("ingest",), "raw log and catalogue -> two canonical tables", (), ("data",), "hllm.data.ingest:ingest"),
-        Step("validate", ("validate",), "Great Expectations, quarantine", ("ingest",), ("validation", "run.name"), "hllm.data.validate:validate"),
-        Step("prepare", ("prepare",), "ids, histories, token store", ("validate",), ("prepare", "model.item_llm.backbone"), "hllm.data.prepare:prepare"),
+        Step(
+            "ingest",
+            ("ingest",),
+            "raw log and catalogue -> two canonical tables",
+            (),
+            ("data",),
+            "hllm.data.ingest:ingest",
+        ),
+        Step(
+            "validate",
+            ("validate",),
+            "Great Expectations, quarantine",
+            ("ingest",),
+            ("validation", "run.name"),
+            "hllm.data.validate:validate",
+        ),
+        Step(
+            "prepare",
+            ("prepare",),
+            "ids, histories, token store",
+            ("validate",),
+            ("prepare", "model.item_llm.backbone"),
+            "hllm.data.prepare:prepare",
+        ),
     ]
     evaluated: list[str] = []
     for family, stages in FAMILIES.items():
@@ -108,7 +144,14 @@ def steps(settings: Settings) -> dict[str, Step]:
         )
     )
     found.append(
-        Step("evaluate", ("evaluate",), "full ranking of every model", ("prepare", *evaluated), ("evaluation", "run.seed", "embed.max_history", "model.family"), "hllm.evaluation.evaluate:evaluate")
+        Step(
+            "evaluate",
+            ("evaluate",),
+            "full ranking of every model",
+            ("prepare", *evaluated),
+            ("evaluation", "run.seed", "embed.max_history", "model.family"),
+            "hllm.evaluation.evaluate:evaluate",
+        )
     )
     return {step.name: step for step in found}
 
@@ -134,7 +177,10 @@ def keys(settings: Settings) -> dict[str, str]:
 def settings_of(step: Step, settings: Settings) -> dict[str, Any]:
     """The values that decide a step's output."""
     values = {dotted: settings.at(dotted) for dotted in step.decides}
-    return {dotted: value.model_dump(mode="json") if hasattr(value, "model_dump") else value for dotted, value in values.items()}
+    return {
+        dotted: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        for dotted, value in values.items()
+    }
 
 
 def pipeline_key(keys: Mapping[str, str]) -> str:
@@ -168,7 +214,9 @@ class Context:
     def log(self, values: Mapping[str, float], at: int) -> None:
         """One point of each curve: kept in the output's `curves.jsonl` and sent to MLflow."""
         with (self.output / "curves.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n")
+            file.write(
+                json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n"
+            )
         if self.tracker:
             self.tracker.log_metrics(values, at)
 
@@ -185,7 +233,8 @@ class Context:
 
     @contextlib.contextmanager
     def graceful(self) -> Iterator[threading.Event]:
-        """SIGTERM sets the event instead of interrupting: finish the current unit of work, checkpoint, raise Terminated."""
+        """SIGTERM sets the event instead of interrupting: finish the current unit of work, checkpoint, raise
+        Terminated."""
         stopping = threading.Event()
         if threading.current_thread() is not threading.main_thread():
             yield stopping
@@ -228,7 +277,8 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
             raise DataError(
                 f"needs the output of {need}, which has not run with these settings",
                 where=name,
-                remedy=f"Run `hllm {' '.join(found[need].argv)}` with the same settings first; `hllm plan` shows what is missing.",
+                remedy=f"Run `hllm {' '.join(found[need].argv)}` with the same settings first; "
+                "`hllm plan` shows what is missing.",
             )
     limit_threads(settings)
     with store.lock(name, key):
@@ -265,7 +315,8 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
 
 
 def limit_threads(settings: Settings) -> None:
-    """OpenMP reads this when torch is first imported: one process must not take more cores than it was given."""
+    """OpenMP reads this when torch is first imported: one process must not take more cores than it was
+    given."""
     if settings.run.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.run.threads))
 

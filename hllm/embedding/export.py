@@ -1,4 +1,5 @@
-"""Stage 3: everything frozen, every item and every user written out for publishing, and the model packed for serving."""
+"""Stage 3: everything frozen, every item and every user written out for publishing, and the model packed for
+serving."""
 
 from __future__ import annotations
 
@@ -24,28 +25,47 @@ from hllm.steps import FAMILIES, Context, embed_name, train_name
 
 
 def export(context: Context) -> None:
-    """Step: items.parquet, users-00000.parquet ... and package/. A finished user shard is never computed again."""
+    """Step: items.parquet, users-00000.parquet ... and package/. A finished user shard is never computed
+    again."""
     settings, family = context.settings, context.settings.model.family
     prepared = Prepared.open(context.inputs["prepare"])
     train = context.inputs[train_name(family, FAMILIES[family][-1])]
     item_vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
     ids = prepared.item_table(["item_id"])["item_id"]
     if len(ids) != len(item_vectors):
-        raise DataError(f"{len(item_vectors)} vectors for {len(ids)} items", where="embed", remedy="Run embed --stage 1 again.")
-    _write(context.output / "items.parquet", {"item_id": ids.combine_chunks(), "vector": vector_column(item_vectors)})
+        raise DataError(
+            f"{len(item_vectors)} vectors for {len(ids)} items",
+            where="embed",
+            remedy="Run embed --stage 1 again.",
+        )
+    _write(
+        context.output / "items.parquet",
+        {"item_id": ids.combine_chunks(), "vector": vector_column(item_vectors)},
+    )
     users = _export_users(context, prepared, train, item_vectors)
     titles = prepared.item_table(["item_id", "title"])
-    write_package(context.output / "package", train, np.asarray(item_vectors), titles, settings.embed.max_history)
+    write_package(
+        context.output / "package", train, np.asarray(item_vectors), titles, settings.embed.max_history
+    )
     newest = int(prepared.event_times.max())
     context.rows = {"items": prepared.items, "users": users}
-    context.facts = {"width": item_vectors.shape[1], "family": family, "as_of": datetime.fromtimestamp(newest, UTC).isoformat()}
+    context.facts = {
+        "width": item_vectors.shape[1],
+        "family": family,
+        "as_of": datetime.fromtimestamp(newest, UTC).isoformat(),
+    }
 
 
-def _export_users(context: Context, prepared: Prepared, train: Path, item_vectors: npt.NDArray[np.float32]) -> int:
+def _export_users(
+    context: Context, prepared: Prepared, train: Path, item_vectors: npt.NDArray[np.float32]
+) -> int:
     """Users with at least one event, from their whole history; returns how many."""
     settings = context.settings.embed
     model = load_user_model(train)
-    offsets, ids = np.asarray(prepared.user_offsets), prepared.user_table(["user_id"])["user_id"].combine_chunks()
+    offsets, ids = (
+        np.asarray(prepared.user_offsets),
+        prepared.user_table(["user_id"])["user_id"].combine_chunks(),
+    )
     active = np.flatnonzero(np.diff(offsets))
     with Progress("embed users", len(active), "user") as progress, context.graceful() as stopping:
         for number, begin in enumerate(range(0, len(active), settings.shard_users)):
@@ -56,9 +76,21 @@ def _export_users(context: Context, prepared: Prepared, train: Path, item_vector
                 continue
             ends = offsets[users + 1]
             starts = np.maximum(offsets[users], ends - settings.max_history)
-            vectors = vectors_of_histories(model, item_vectors, prepared.event_items, starts, ends - starts, settings.users_per_batch, progress.advance)
+            vectors = vectors_of_histories(
+                model,
+                item_vectors,
+                prepared.event_items,
+                starts,
+                ends - starts,
+                settings.users_per_batch,
+                progress.advance,
+            )
             if not np.isfinite(vectors).all():
-                raise DataError("user vectors are not finite", where="embed --stage 3", examples=ids.take(pa.array(users[~np.isfinite(vectors).all(1)][:3])).to_pylist())
+                raise DataError(
+                    "user vectors are not finite",
+                    where="embed --stage 3",
+                    examples=ids.take(pa.array(users[~np.isfinite(vectors).all(1)][:3])).to_pylist(),
+                )
             _write(
                 path,
                 {
@@ -75,7 +107,9 @@ def _export_users(context: Context, prepared: Prepared, train: Path, item_vector
 
 def vector_column(vectors: npt.NDArray[np.float32]) -> pa.FixedSizeListArray:
     """(R, D) as an Arrow column of fixed-size lists, without a copy per row."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors, np.float32).ravel()), vectors.shape[1])
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(vectors, np.float32).ravel()), vectors.shape[1]
+    )
 
 
 def _write(path: Path, columns: dict[str, pa.Array]) -> None:

@@ -1,4 +1,5 @@
-"""The item cache: every item encoded once, in shards that a killed run continues and readers map into memory."""
+"""The item cache: every item encoded once, in shards that a killed run continues and readers map into
+memory."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ class ItemVectors:
 
     @classmethod
     def open(cls, folder: Path) -> ItemVectors:
-        paths = sorted(path for path in folder.glob("vectors-*.npy") if re.fullmatch(r"vectors-\d{5}\.npy", path.name))
+        paths = sorted(
+            path for path in folder.glob("vectors-*.npy") if re.fullmatch(r"vectors-\d{5}\.npy", path.name)
+        )
         if not paths:
             raise DataError("there are no item vectors here", where=folder)
         return cls([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
@@ -49,7 +52,8 @@ class ItemVectors:
 
 def embed_items(context: Context) -> None:
     """Step: encode every item with the trained item side. A finished shard is never encoded again."""
-    prepared, train = Prepared.open(context.inputs["prepare"]), next(path for need, path in context.inputs.items() if need.startswith("train-"))
+    prepared = Prepared.open(context.inputs["prepare"])
+    train = next(path for need, path in context.inputs.items() if need.startswith("train-"))
     model = load_item_model(train, prepared)
     shard_items, width = context.settings.embed.shard_items, model.width
     with Progress("embed items", prepared.items, "item") as progress, context.graceful() as stopping:
@@ -57,8 +61,10 @@ def embed_items(context: Context) -> None:
             end = min(start + shard_items, prepared.items)
             path = context.output / SHARD.format(number)
             if not path.exists():
-                vectors = np.empty((end - start, int(width)), np.float32)
-                for items in batches_by_tokens(prepared, start, end, context.settings.embed.tokens_per_batch, model):
+                vectors = np.empty((end - start, width), np.float32)
+                for items in batches_by_tokens(
+                    prepared, start, end, context.settings.embed.tokens_per_batch, model
+                ):
                     with torch.inference_mode():
                         vectors[items - start] = model(items).float().numpy()
                     progress.advance(len(items))
@@ -72,10 +78,15 @@ def embed_items(context: Context) -> None:
             if stopping.is_set() and end < prepared.items:
                 raise Terminated
     context.rows = {"items": prepared.items}
-    context.facts = {"width": int(width), "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    context.facts = {
+        "width": width,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
 
 
-def batches_by_tokens(prepared: Prepared, start: int, end: int, tokens_per_batch: int, model: object) -> list[npt.NDArray[np.int64]]:
+def batches_by_tokens(
+    prepared: Prepared, start: int, end: int, tokens_per_batch: int, model: object
+) -> list[npt.NDArray[np.int64]]:
     """Items [start, end) in batches of about as many tokens, texts of similar length together."""
     items = np.arange(start, end)
     if isinstance(model, IdItems):
@@ -91,4 +102,9 @@ def _refuse_bad(vectors: npt.NDArray[np.float32], start: int) -> None:
     lengths = np.linalg.norm(vectors, axis=1)
     bad = np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))
     if len(bad):
-        raise DataError("item vectors are not of unit length", where="embed", count=(len(bad), len(vectors)), examples=[int(row + start) for row in bad[:3]])
+        raise DataError(
+            "item vectors are not of unit length",
+            where="embed",
+            count=(len(bad), len(vectors)),
+            examples=[int(row + start) for row in bad[:3]],
+        )

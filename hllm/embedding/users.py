@@ -18,11 +18,20 @@ Floats = npt.NDArray[np.float32]
 
 
 def held_out_user_vectors(
-    model: nn.Module, item_vectors_ID: Floats, prepared: Prepared, users_R: Ints, positions_R: Ints, max_history: int, batch: int
+    model: nn.Module,
+    item_vectors_ID: Floats,
+    prepared: Prepared,
+    users_R: Ints,
+    positions_R: Ints,
+    max_history: int,
+    batch: int,
 ) -> Floats:
-    """Row r: the user's vector from events [max(first event, position - max_history), position): (R, D), unit length."""
+    """Row r: the user's vector from events [max(first event, position - max_history), position): (R, D), unit
+    length."""
     starts_R = np.maximum(np.asarray(prepared.user_offsets)[users_R], positions_R - max_history)
-    return vectors_of_histories(model, item_vectors_ID, prepared.event_items, starts_R, positions_R - starts_R, batch)
+    return vectors_of_histories(
+        model, item_vectors_ID, prepared.event_items, starts_R, positions_R - starts_R, batch
+    )
 
 
 def vectors_of_histories(
@@ -34,9 +43,11 @@ def vectors_of_histories(
     batch: int,
     advance: Callable[[int], None] | None = None,
 ) -> Floats:
-    """Vectors of the histories event_items[start : start + length]: (R, D), unit length. Histories are never empty.
+    """Vectors of the histories event_items[start : start + length]: (R, D), unit length. Histories are never
+    empty.
 
-    Short histories are encoded with short ones, so a batch holds no padding and one long history does not slow the rest.
+    Short histories are encoded with short ones, so a batch holds no padding and one long history does not
+    slow the rest.
     """
     vectors_RD = np.empty((len(starts_R), item_vectors_ID.shape[1]), np.float32)
     order = np.argsort(lengths_R, kind="stable")
@@ -44,7 +55,9 @@ def vectors_of_histories(
         for begin in range(0, len(order), batch):
             rows = order[begin : begin + batch]
             packing = Packing(np.asarray(lengths_R[rows], np.int64))
-            history = np.asarray(item_vectors_ID[np.asarray(event_items[ragged(starts_R[rows], lengths_R[rows])])], np.float32)
+            history = np.asarray(
+                item_vectors_ID[np.asarray(event_items[ragged(starts_R[rows], lengths_R[rows])])], np.float32
+            )
             outputs_TD = model(torch.from_numpy(history), packing)
             vectors_RD[rows] = outputs_TD[torch.from_numpy(packing.last_S)].float().numpy()
             if advance:

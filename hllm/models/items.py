@@ -1,6 +1,7 @@
 """The item side of a model: an item index in, a unit vector out.
 
-`TextItems` reads texts with the Item LLM, `IdItems` looks an ID up, `CachedItems` looks up what was encoded before.
+`TextItems` reads texts with the Item LLM, `IdItems` looks an ID up, `CachedItems` looks up what was encoded
+before.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ Items = npt.NDArray[np.integer]
 
 
 class TextItems(nn.Module):
-    """The Item LLM (HLLM, section 3.1): prompt and text, then the learned [ITEM] vector, whose last hidden state is the item.
+    """The Item LLM (HLLM, section 3.1): prompt and text, then the learned [ITEM] vector, whose last hidden
+    state is the item.
 
-    Only word embeddings of tokens that the catalogue uses are trained: the others would never receive a gradient, so the
-    result is the same, and the optimizer need not walk over a vocabulary of 50,000 for a few thousand words.
+    Only word embeddings of tokens that the catalogue uses are trained: the others would never receive a
+    gradient, so the result is the same, and the optimizer need not walk over a vocabulary of 50,000 for a few
+    thousand words.
     """
 
     def __init__(self, decoder: Any, whiten: bool = False) -> None:
@@ -41,27 +44,39 @@ class TextItems(nn.Module):
         self.all_words: Tensor | None = None
         self.used_words: Tensor | None = None
 
-    def attach(self, token_ids_T: npt.NDArray[np.int32], token_offsets: npt.NDArray[np.int64], trim: bool = False) -> None:
+    def attach(
+        self, token_ids_T: npt.NDArray[np.int32], token_offsets: npt.NDArray[np.int64], trim: bool = False
+    ) -> None:
         """Say where the catalogue's tokens are; with `trim`, keep only their word embeddings trainable."""
         self.token_offsets = np.asarray(token_offsets)
         self.token_ids = np.asarray(token_ids_T)
         if trim and self.used_words is None:
             used, inverse = np.unique(self.token_ids, return_inverse=True)
             self.token_ids = inverse.astype(np.int64)
-            self.all_words, self.used_words = self.words.detach().clone(), torch.from_numpy(used.astype(np.int64))
+            self.all_words, self.used_words = (
+                self.words.detach().clone(),
+                torch.from_numpy(used.astype(np.int64)),
+            )
             self.words = nn.Parameter(self.all_words[self.used_words])
 
     def forward(self, items_K: Items) -> Tensor:
-        """Unit vectors of distinct items: (K,) -> (K, D). An item's vector does not depend on its neighbours."""
+        """Unit vectors of distinct items: (K,) -> (K, D). An item's vector does not depend on its
+        neighbours."""
         hidden_KD = F.normalize(self.hidden(items_K), dim=-1)
         return F.normalize((hidden_KD - self.centre) @ self.projection, dim=-1) if self.whiten else hidden_KD
 
     @torch.no_grad()
     def start_white(self, items_K: Items, chunk: int = 512, floor: float = 1e-3) -> None:
-        """Let `centre` and `projection` start as the whitening of these items' vectors (eigenvalues below `floor` times the
-        largest are not blown up further). Pretrained hidden states of different texts point nearly the same way (mean cosine
-        0.986 after two layers of SmolLM2): nothing a temperature could pull apart in a few hundred steps."""
-        hidden_KD = torch.cat([F.normalize(self.hidden(part), dim=-1) for part in np.array_split(items_K, -(-len(items_K) // chunk))])
+        """Let `centre` and `projection` start as the whitening of these items' vectors (eigenvalues below
+        `floor` times the largest are not blown up further). Pretrained hidden states of different texts point
+        nearly the same way (mean cosine 0.986 after two layers of SmolLM2): nothing a temperature could pull
+        apart in a few hundred steps."""
+        hidden_KD = torch.cat(
+            [
+                F.normalize(self.hidden(part), dim=-1)
+                for part in np.array_split(items_K, -(-len(items_K) // chunk))
+            ]
+        )
         centre = hidden_KD.mean(0)
         values, vectors = torch.linalg.eigh((hidden_KD - centre).T @ (hidden_KD - centre) / len(hidden_KD))
         self.centre.copy_(centre)
@@ -81,7 +96,9 @@ class TextItems(nn.Module):
         words = F.embedding(torch.from_numpy(tokens.astype(np.int64)).to(device), self.words)
         inputs_TD = words.new_empty(packing.tokens, self.width)
         inputs_TD = inputs_TD.index_copy(0, word_positions, words)
-        inputs_TD = inputs_TD.index_copy(0, item_positions, self.item_token.expand(len(order), -1).to(words.dtype))
+        inputs_TD = inputs_TD.index_copy(
+            0, item_positions, self.item_token.expand(len(order), -1).to(words.dtype)
+        )
         sorted_KD = run_packed_to_last(self.decoder, inputs_TD, packing)
         back = torch.from_numpy(np.argsort(order, kind="stable")).to(device)
         return sorted_KD[back].float()
@@ -105,14 +122,20 @@ class IdItems(nn.Module):
 
     def forward(self, items_K: Items) -> Tensor:
         """(K,) -> (K, D), unit length."""
-        return F.normalize(F.embedding(torch.from_numpy(np.asarray(items_K, dtype=np.int64)).to(self.table.device), self.table), dim=-1)
+        return F.normalize(
+            F.embedding(
+                torch.from_numpy(np.asarray(items_K, dtype=np.int64)).to(self.table.device), self.table
+            ),
+            dim=-1,
+        )
 
     def full_state(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.state_dict().items()}
 
 
 class CachedItems(nn.Module):
-    """Vectors that a frozen item side made before (stage 2): nothing here is trained, the Item LLM is not even loaded."""
+    """Vectors that a frozen item side made before (stage 2): nothing here is trained, the Item LLM is not
+    even loaded."""
 
     def __init__(self, vectors_ID: npt.NDArray[np.float32]) -> None:
         super().__init__()

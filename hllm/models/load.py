@@ -1,4 +1,5 @@
-"""Build, save and load models: safetensors for weights, `model.json` for the shape, no backbone needed to load."""
+"""Build, save and load models: safetensors for weights, `model.json` for the shape, no backbone needed to
+load."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
 def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.float32]) -> Recommender:
     """Stage 2: the user model as stage 1 left it, over cached item vectors; the Item LLM is not loaded."""
     user, log_scale = _load_user(before)
-    model = Recommender(CachedItems(vectors_ID), user, settings.model.temperature, settings.model.false_negative_cosine)
+    model = Recommender(
+        CachedItems(vectors_ID), user, settings.model.temperature, settings.model.false_negative_cosine
+    )
     with torch.no_grad():
         model.log_scale.copy_(log_scale)
     return model
@@ -91,7 +94,7 @@ def load_user_model(folder: Path) -> nn.Module:
     return _load_user(folder)[0].eval()
 
 
-def load_item_model(folder: Path, prepared: Prepared) -> nn.Module:
+def load_item_model(folder: Path, prepared: Prepared) -> TextItems | IdItems:
     """The item side of a trained model, ready to encode the prepared catalogue."""
     shape, weights = _shape(folder), load_file(folder / ITEM)
     items: TextItems | IdItems
@@ -102,7 +105,8 @@ def load_item_model(folder: Path, prepared: Prepared) -> nn.Module:
     else:
         items = IdItems(*weights["table"].shape)
     items.load_state_dict(weights)
-    return items.eval()
+    items.eval()
+    return items
 
 
 def width_of(folder: Path) -> int:
@@ -137,4 +141,8 @@ def _plain(config: Any) -> dict[str, Any]:
     """The shape of a decoder; the vocabulary's size is that of the saved words."""
     values = config.to_diff_dict()
     values["model_type"] = config.model_type
-    return {name: value for name, value in values.items() if not name.startswith("_") and name not in ("architectures", "dtype", "torch_dtype")}
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and name not in ("architectures", "dtype", "torch_dtype")
+    }

@@ -1,6 +1,7 @@
-"""The deployable model: user weights, item vectors and ids in one folder, with no Item LLM and no training data.
+"""The deployable model: user weights, item vectors and ids in one folder, with no Item LLM and no training
+data.
 
-    model.json  user.safetensors  items.safetensors {"vectors": (I, D)}  items.parquet (item_id, title)
+model.json  user.safetensors  items.safetensors {"vectors": (I, D)}  items.parquet (item_id, title)
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from hllm.artifacts import clear, write_atomically
 # B histories, I items, D vector width
 
 
-def write_package(folder: Path, train: Path, vectors_ID: npt.NDArray[np.float32], titles: Any, max_history: int) -> None:
-    """Pack a trained user model with the item vectors; `titles`: an Arrow table (item_id, title) aligned with the vectors."""
+def write_package(
+    folder: Path, train: Path, vectors_ID: npt.NDArray[np.float32], titles: Any, max_history: int
+) -> None:
+    """Pack a trained user model with the item vectors; `titles`: an Arrow table (item_id, title) aligned with
+    the vectors."""
     import pyarrow.parquet as parquet
     from safetensors.numpy import save_file
 
@@ -88,11 +92,14 @@ class Package:
 
     def known(self, histories: Sequence[Sequence[str]]) -> list[npt.NDArray[np.int64]]:
         """The indices of each history's items that this model knows, in order."""
-        return [np.array([self._index[item] for item in map(str, history) if item in self._index], np.int64) for history in histories]
+        return [
+            np.array([self._index[item] for item in map(str, history) if item in self._index], np.int64)
+            for history in histories
+        ]
 
     def user_vectors(self, histories: Sequence[Sequence[str]]) -> npt.NDArray[np.float32]:
-        """(B, D), unit length; histories are item ids, oldest first. Unknown items are skipped; a history without any
-        known item gives zeros: nothing is known of that user."""
+        """(B, D), unit length; histories are item ids, oldest first. Unknown items are skipped; a history
+        without any known item gives zeros: nothing is known of that user."""
         from hllm.embedding.users import vectors_of_histories
 
         known = [items[-int(self.shape["max_history"]) :] for items in self.known(histories)]
@@ -101,13 +108,18 @@ class Package:
         some = np.flatnonzero(lengths)
         if len(some):
             starts = np.cumsum(lengths) - lengths
-            vectors[some] = vectors_of_histories(self._user_model, self.item_vectors, np.concatenate(known), starts[some], lengths[some], 256)
+            vectors[some] = vectors_of_histories(
+                self._user_model, self.item_vectors, np.concatenate(known), starts[some], lengths[some], 256
+            )
         return vectors
 
-    def recommend(self, histories: Sequence[Sequence[str]], k: int, filter_history: bool = True) -> list[list[tuple[str, float]]]:
-        """The k best (item id, cosine) for each history, best first; nothing for a history without any known item."""
+    def recommend(
+        self, histories: Sequence[Sequence[str]], k: int, filter_history: bool = True
+    ) -> list[list[tuple[str, float]]]:
+        """The k best (item id, cosine) for each history, best first; nothing for a history without any known
+        item."""
         vectors, known = self.user_vectors(histories), self.known(histories)
-        found = []
+        found: list[list[tuple[str, float]]] = []
         for vector, items in zip(vectors, known, strict=True):
             if not len(items):
                 found.append([])
@@ -116,5 +128,7 @@ class Package:
             if filter_history:
                 scores[items] = -np.inf
             best = np.argsort(-scores, kind="stable")[:k]
-            found.append([(self.item_ids[item], float(scores[item])) for item in best if np.isfinite(scores[item])])
+            found.append(
+                [(self.item_ids[item], float(scores[item])) for item in best if np.isfinite(scores[item])]
+            )
         return found

@@ -1,9 +1,10 @@
 """Sequences of different lengths in one flat tensor: no padding is ever computed.
 
-A packed batch holds its sequences one after another, equal lengths side by side. Everything but attention works on
-single positions, so a `transformers` decoder runs on it unchanged as one "sequence" of T tokens whose position ids
-restart; only attention has to know where sequences end. `attend_within_sequences`, registered as an attention
-implementation, is that one place: a position never sees another sequence, whatever the device.
+A packed batch holds its sequences one after another, equal lengths side by side. Everything but attention
+works on single positions, so a `transformers` decoder runs on it unchanged as one "sequence" of T tokens
+whose position ids restart; only attention has to know where sequences end. `attend_within_sequences`,
+registered as an attention implementation, is that one place: a position never sees another sequence, whatever
+the device.
 """
 
 from __future__ import annotations
@@ -70,19 +71,36 @@ def ragged(starts_S: npt.NDArray[np.integer], lengths_S: npt.NDArray[np.integer]
     return np.repeat(starts_S - packing_starts, lengths_S) + np.arange(int(lengths_S.sum()))
 
 
-def causal_attention(query_HTE: Tensor, key_HTE: Tensor, value_HTE: Tensor, packing: Packing, scale: float | None, dropout: float = 0.0) -> Tensor:
-    """Causal attention within each sequence: (H, T, E) -> (H, T, E). Key and value may have fewer heads (grouped queries)."""
+def causal_attention(
+    query_HTE: Tensor,
+    key_HTE: Tensor,
+    value_HTE: Tensor,
+    packing: Packing,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention within each sequence: (H, T, E) -> (H, T, E). Key and value may have fewer heads
+    (grouped queries)."""
     sizes = [count * length for count, length in packing.groups]
     parts = []
     for (count, length), query, key, value in zip(
-        packing.groups, query_HTE.split(sizes, 1), key_HTE.split(sizes, 1), value_HTE.split(sizes, 1), strict=True
+        packing.groups,
+        query_HTE.split(sizes, 1),
+        key_HTE.split(sizes, 1),
+        value_HTE.split(sizes, 1),
+        strict=True,
     ):
+        query, key, value = (
+            part.unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)
+        )
         inside = F.scaled_dot_product_attention(
-            *(part.unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)),
+            query,
+            key,
+            value,
             is_causal=True,
             scale=scale,
             dropout_p=dropout,
-            enable_gqa=query.shape[0] != key.shape[0],
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         parts.append(inside.transpose(0, 1).flatten(1, 2))
     return torch.cat(parts, dim=1)
@@ -112,8 +130,8 @@ AttentionInterface.register(ATTENTION, attend_within_sequences)
 def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Tensor:
     """The last hidden state at each sequence's last token only: (T, D) -> (S, D).
 
-    In the top layer nobody reads the other positions: they only need keys and values there, not queries, output
-    projection and feed-forward. With the few layers of a small model that is nearly half of all work.
+    In the top layer nobody reads the other positions: they only need keys and values there, not queries,
+    output projection and feed-forward. With the few layers of a small model that is nearly half of all work.
     """
     last_S = torch.from_numpy(packing.last_S).to(inputs_TD.device)
     if decoder.config.model_type not in ("llama", "mistral"):
@@ -122,7 +140,13 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
     cosine, sine = decoder.rotary_emb(inputs_TD.unsqueeze(0), position_ids=positions)
     hidden = inputs_TD.unsqueeze(0)
     for layer in decoder.layers[:-1]:
-        hidden = layer(hidden, position_embeddings=(cosine, sine), position_ids=positions, packing=packing, use_cache=False)
+        hidden = layer(
+            hidden,
+            position_embeddings=(cosine, sine),
+            position_ids=positions,
+            packing=packing,
+            use_cache=False,
+        )
     top, hidden_TD = decoder.layers[-1], hidden[0]
     attention, normed_TD = top.self_attn, top.input_layernorm(hidden_TD)
     query_SHE = attention.q_proj(normed_TD[last_S]).unflatten(-1, (-1, attention.head_dim))
@@ -136,9 +160,11 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
     for (count, length), query, key, value in zip(
         packing.groups, query_SHE.split(counts), key_THE.split(sizes), value_THE.split(sizes), strict=True
     ):
+        key, value = (part.unflatten(0, (count, length)).transpose(1, 2) for part in (key, value))
         inside = F.scaled_dot_product_attention(
             query.unsqueeze(2),
-            *(part.unflatten(0, (count, length)).transpose(1, 2) for part in (key, value)),
+            key,
+            value,
             scale=attention.scaling,
             enable_gqa=True,
         )
@@ -158,4 +184,9 @@ def _rotate(heads_THE: Tensor, cosine_TE: Tensor, sine_TE: Tensor) -> Tensor:
 def run_packed(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Tensor:
     """The decoder's last hidden states of a packed batch: (T, D) -> (T, D)."""
     positions = torch.from_numpy(packing.positions_T).to(inputs_TD.device)
-    return decoder(inputs_embeds=inputs_TD.unsqueeze(0), position_ids=positions.unsqueeze(0), packing=packing, use_cache=False).last_hidden_state[0]
+    return decoder(
+        inputs_embeds=inputs_TD.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        packing=packing,
+        use_cache=False,
+    ).last_hidden_state[0]

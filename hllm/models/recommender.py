@@ -1,4 +1,5 @@
-"""A model family's three verbs - vectors for items, vectors for users given histories, a loss for a batch - and its pieces."""
+"""A model family's three verbs - vectors for items, vectors for users given histories, a loss for a batch -
+and its pieces."""
 
 from __future__ import annotations
 
@@ -34,9 +35,16 @@ class Batch:
 
 
 class Recommender(nn.Module):
-    """Items and users in one space. HLLM = TextItems x DecoderUser (CachedItems in stage 2), SASRec = IdItems x SASRecUser."""
+    """Items and users in one space. HLLM = TextItems x DecoderUser (CachedItems in stage 2), SASRec = IdItems
+    x SASRecUser."""
 
-    def __init__(self, items: TextItems | IdItems | CachedItems, user: DecoderUser | SASRecUser, temperature: float, false_negative_cosine: float) -> None:
+    def __init__(
+        self,
+        items: TextItems | IdItems | CachedItems,
+        user: DecoderUser | SASRecUser,
+        temperature: float,
+        false_negative_cosine: float,
+    ) -> None:
         super().__init__()
         self.items, self.user = items, user
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
@@ -57,12 +65,18 @@ class Recommender(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean InfoNCE over the batch's targets. Every distinct item is encoded once."""
-        distinct_K, where = np.unique(np.concatenate([batch.history_T, batch.targets_T, batch.negatives_N]), return_inverse=True)
+        distinct_K, where = np.unique(
+            np.concatenate([batch.history_T, batch.targets_T, batch.negatives_N]), return_inverse=True
+        )
         vectors_KD = self.item_vectors(distinct_K)
-        history, target, negative = np.split(where, [len(batch.history_T), len(batch.history_T) + len(batch.targets_T)])
+        history, target, negative = np.split(
+            where, [len(batch.history_T), len(batch.history_T) + len(batch.targets_T)]
+        )
         device = vectors_KD.device
         outputs_TD = self.user_vectors(vectors_KD[torch.from_numpy(history).to(device)], batch.packing)
-        own_TN = torch.from_numpy(batch.own_SN).to(device)[torch.from_numpy(batch.packing.sequence_T).to(device)]
+        own_TN = torch.from_numpy(batch.own_SN).to(device)[
+            torch.from_numpy(batch.packing.sequence_T).to(device)
+        ]
         return info_nce(
             outputs_TD,
             vectors_KD[torch.from_numpy(target).to(device)],
@@ -73,13 +87,22 @@ class Recommender(nn.Module):
         )
 
 
-def info_nce(outputs_TD: Tensor, targets_TD: Tensor, negatives_ND: Tensor, own_TN: Tensor, scale: Tensor, false_negative_cosine: float) -> Tensor:
+def info_nce(
+    outputs_TD: Tensor,
+    targets_TD: Tensor,
+    negatives_ND: Tensor,
+    own_TN: Tensor,
+    scale: Tensor,
+    false_negative_cosine: float,
+) -> Tensor:
     """L_gen of the HLLM paper with a learned temperature, mean over T.
 
-    A negative does not count where it is one of the user's own items (`own_TN`), or where its cosine to the target
-    exceeds `false_negative_cosine` (a twin of the target under another id).
+    A negative does not count where it is one of the user's own items (`own_TN`), or where its cosine to the
+    target exceeds `false_negative_cosine` (a twin of the target under another id).
     """
-    with torch.autocast(outputs_TD.device.type, enabled=False):  # a logit of up to 100 keeps one decimal in bf16
+    with torch.autocast(
+        outputs_TD.device.type, enabled=False
+    ):  # a logit of up to 100 keeps one decimal in bf16
         outputs_TD, targets_TD, negatives_ND = outputs_TD.float(), targets_TD.float(), negatives_ND.float()
         positive_T = (outputs_TD * targets_TD).sum(-1) * scale
         negative_TN = outputs_TD @ negatives_ND.T * scale

@@ -16,8 +16,8 @@ from hllm.models.packing import Packing, causal_attention, run_packed
 class DecoderUser(nn.Module):
     """The User LLM (HLLM, section 3.2): a decoder whose word embeddings are replaced by item vectors.
 
-    Item vectors have unit length; a learned scale, starting at the backbone's own mean word-embedding length, gives them
-    the size that the pretrained layers expect.
+    Item vectors have unit length; a learned scale, starting at the backbone's own mean word-embedding length,
+    gives them the size that the pretrained layers expect.
     """
 
     def __init__(self, decoder: Any) -> None:
@@ -34,7 +34,8 @@ class DecoderUser(nn.Module):
 
 
 class SASRecUser(nn.Module):
-    """Self-attention over item vectors (SASRec, Kang & McAuley 2018), pre-norm, positions counted back from the latest event."""
+    """Self-attention over item vectors (SASRec, Kang & McAuley 2018), pre-norm, positions counted back from
+    the latest event."""
 
     def __init__(self, width: int, layers: int, heads: int, dropout: float, max_history: int) -> None:
         super().__init__()
@@ -49,8 +50,12 @@ class SASRecUser(nn.Module):
         """(T, D) -> (T, D), unit length."""
         lengths_T = packing.lengths_S[packing.sequence_T]
         if int(packing.lengths_S[-1]) > self.max_history:
-            raise ValueError(f"a history of {packing.lengths_S[-1]} events, the model knows {self.max_history} positions")
-        positions_T = torch.from_numpy(self.max_history - lengths_T + packing.positions_T).to(history_TD.device)
+            raise ValueError(
+                f"a history of {packing.lengths_S[-1]} events, the model knows {self.max_history} positions"
+            )
+        positions_T = torch.from_numpy(self.max_history - lengths_T + packing.positions_T).to(
+            history_TD.device
+        )
         hidden_TD = self.dropout(history_TD * self.input_scale + F.embedding(positions_T, self.positions))
         for block in self.blocks:
             hidden_TD = block(hidden_TD, packing)
@@ -64,12 +69,18 @@ class SASRecBlock(nn.Module):
         self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.projections = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_TD: Tensor, packing: Packing) -> Tensor:
         query, key, value = self.projections(self.attention_norm(hidden_TD)).chunk(3, -1)
-        split = (part.unflatten(-1, (self.heads, -1)).transpose(0, 1) for part in (query, key, value))
-        attended = causal_attention(*split, packing, None, self.attention_dropout if self.training else 0.0)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(0, 1) for part in (query, key, value)
+        )
+        attended = causal_attention(
+            query, key, value, packing, None, self.attention_dropout if self.training else 0.0
+        )
         hidden_TD = hidden_TD + self.dropout(self.out(attended.transpose(0, 1).flatten(1)))
         return hidden_TD + self.dropout(self.feed(self.feed_norm(hidden_TD)))

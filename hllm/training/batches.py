@@ -16,16 +16,26 @@ from hllm.models.recommender import Batch
 class Batches:
     """Windows over the training part of all histories, shuffled anew each epoch."""
 
-    def __init__(self, prepared: Prepared, history_length: int, batch_size: int, negatives: int, seed: int) -> None:
+    def __init__(
+        self, prepared: Prepared, history_length: int, batch_size: int, negatives: int, seed: int
+    ) -> None:
         self.items, self.batch_size, self.seed = prepared.items, batch_size, seed
         self.negatives = min(negatives, prepared.items)
         self.event_items = np.asarray(prepared.event_items, dtype=np.int64)
-        self.starts, self.ends = cut_windows(np.asarray(prepared.train_starts), np.asarray(prepared.train_ends), history_length)
+        self.starts, self.ends = cut_windows(
+            np.asarray(prepared.train_starts), np.asarray(prepared.train_ends), history_length
+        )
         self.users = np.searchsorted(np.asarray(prepared.user_offsets), self.starts, side="right") - 1
-        # One sorted key per (user, own training item) answers "is this negative the user's own?" by binary search. Held-out
-        # events are not in it: leaving them out of the negatives would tell the model what to predict.
-        trained = ragged(np.asarray(prepared.train_starts), np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts))
-        owner = np.repeat(np.arange(prepared.users), np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts))
+        # One sorted key per (user, own training item) answers "is this negative the user's own?" by binary
+        # search. Held-out events are not in it: leaving them out of the negatives would tell the model what
+        # to predict.
+        trained = ragged(
+            np.asarray(prepared.train_starts),
+            np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts),
+        )
+        owner = np.repeat(
+            np.arange(prepared.users), np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts)
+        )
         self.own_keys = np.unique(owner * prepared.items + self.event_items[trained])
 
     @property
@@ -57,9 +67,13 @@ class Batches:
         """Uniform from the catalogue without repeats."""
         if self.negatives == self.items:
             return np.arange(self.items)
-        return np.random.default_rng((self.seed, 2, step)).choice(self.items, self.negatives, replace=False, shuffle=False)
+        return np.random.default_rng((self.seed, 2, step)).choice(
+            self.items, self.negatives, replace=False, shuffle=False
+        )
 
-    def _own(self, users_S: npt.NDArray[np.int64], negatives_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def _own(
+        self, users_S: npt.NDArray[np.int64], negatives_N: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
         keys_SN = users_S[:, None] * self.items + negatives_N[None, :]
         places = np.minimum(np.searchsorted(self.own_keys, keys_SN), len(self.own_keys) - 1)
         return self.own_keys[places] == keys_SN

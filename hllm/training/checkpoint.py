@@ -1,7 +1,8 @@
-"""Checkpoints without pickles: safetensors for every tensor, JSON for every number, both in one folder that appears whole.
+"""Checkpoints without pickles: safetensors for every tensor, JSON for every number, both in one folder that
+appears whole.
 
-Batches, negatives and dropout are functions of (seed, step), so weights, optimizer moments and the step's number are all
-there is to continue bit-identically on one machine.
+Batches, negatives and dropout are functions of (seed, step), so weights, optimizer moments and the step's
+number are all there is to continue bit-identically on one machine.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ from hllm.artifacts import digest_file, write_atomically
 KEEP = 2
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], numbers: dict[str, Any]) -> Path:
-    """Write `step-N` and drop all but the newest two. `best`: the weights that did best on validation, if any."""
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: dict[str, Tensor],
+    numbers: dict[str, Any],
+) -> Path:
+    """Write `step-N` and drop all but the newest two. `best`: the weights that did best on validation, if
+    any."""
     target = folder / f"step-{step:09d}"
     building = folder / f".{target.name}"
     shutil.rmtree(building, ignore_errors=True)
@@ -32,7 +41,10 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     tensors |= {f"best.{name}": value for name, value in best.items()}
     for name, state in _moments(model, optimizer).items():
         tensors |= {f"optimizer.{name}.{kind}": value for kind, value in state.items()}
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, building / "tensors.safetensors")
+    save_file(
+        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+        building / "tensors.safetensors",
+    )
     numbers = {**numbers, "step": step, "digest": digest_file(building / "tensors.safetensors")}
     write_atomically(building / "numbers.json", json.dumps(numbers).encode())
     shutil.rmtree(target, ignore_errors=True)
@@ -42,8 +54,11 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     return target
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Load the newest whole checkpoint into model and optimizer: (numbers, best weights), or None when there is none.
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Load the newest whole checkpoint into model and optimizer: (numbers, best weights), or None when there
+    is none.
 
     A damaged checkpoint is said aloud and the one before it is used.
     """
@@ -54,7 +69,9 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
                 raise ValueError("its digest does not match")
             tensors = load_file(path / "tensors.safetensors")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            print(f"train: checkpoint {path.name} is damaged ({error}); trying the one before", file=sys.stderr)
+            print(
+                f"train: checkpoint {path.name} is damaged ({error}); trying the one before", file=sys.stderr
+            )
             continue
         model.load_state_dict(_under(tensors, "model."))
         for group in optimizer.param_groups:

@@ -43,11 +43,14 @@ def total_steps(stage: Stage, batches: Batches) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices inside layers only: not on norms, biases, scalars, nor on embeddings."""
     spared = ("words", "item_token", "projection", "table", "positions")
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        (decayed if parameter.ndim > 1 and name.rpartition(".")[2] not in spared else others).append(parameter)
+        (decayed if parameter.ndim > 1 and name.rpartition(".")[2] not in spared else others).append(
+            parameter
+        )
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
@@ -61,7 +64,8 @@ def learning_rate(step: int, steps: int, stage: Stage) -> float:
 
 
 def in_bf16(precision: str) -> bool:
-    """`auto` takes bf16 where the processor multiplies it natively: four times as fast as fp32 there, slower elsewhere."""
+    """`auto` takes bf16 where the processor multiplies it natively: four times as fast as fp32 there, slower
+    elsewhere."""
     if precision != "auto":
         return precision == "bf16"
     capabilities = torch.cpu.get_capabilities()
@@ -80,17 +84,31 @@ def fit(
     validate: Callable[[Recommender], float] | None = None,
     what: str = "train",
 ) -> Trained:
-    """Train until the last step, from the newest checkpoint in `work`; the model ends with its best (or last) weights.
+    """Train until the last step, from the newest checkpoint in `work`; the model ends with its best (or last)
+    weights.
 
     Raises:
         DataError: the loss is not finite (the weights are saved in `work/not_finite` for inspection).
         Terminated: `stopping` was set; a checkpoint has been written.
     """
     if not batches.windows:
-        raise DataError("no user has two training events", where="train", remedy="Look at prepare's output: split, k_core, quarantine.")
+        raise DataError(
+            "no user has two training events",
+            where="train",
+            remedy="Look at prepare's output: split, k_core, quarantine.",
+        )
     steps = total_steps(stage, batches)
-    optimizer = torch.optim.AdamW(parameter_groups(model, stage.weight_decay), lr=stage.lr, betas=(0.9, 0.98), fused=True)
-    state: dict[str, Any] = {"first_loss": math.nan, "loss": math.nan, "best": -math.inf, "best_step": 0, "seconds": 0.0, "step": 0}
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, stage.weight_decay), lr=stage.lr, betas=(0.9, 0.98), fused=True
+    )
+    state: dict[str, Any] = {
+        "first_loss": math.nan,
+        "loss": math.nan,
+        "best": -math.inf,
+        "best_step": 0,
+        "seconds": 0.0,
+        "step": 0,
+    }
     best: dict[str, Tensor] = {}
     restored = checkpoint.restore(work, model, optimizer)
     if restored:
@@ -108,8 +126,15 @@ def fit(
                 loss = model.loss(batches[step])
             state["loss"] = float(loss.detach())
             if not math.isfinite(state["loss"]):
-                save_file({name: value.contiguous() for name, value in model.state_dict().items()}, work / "not_finite.safetensors")
-                raise DataError(f"the loss is {state['loss']} at step {step}", where=what, remedy=f"Weights are in {work}; lower the learning rate, or look at the data.")
+                save_file(
+                    {name: value.contiguous() for name, value in model.state_dict().items()},
+                    work / "not_finite.safetensors",
+                )
+                raise DataError(
+                    f"the loss is {state['loss']} at step {step}",
+                    where=what,
+                    remedy=f"Weights are in {work}; lower the learning rate, or look at the data.",
+                )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
             optimizer.step()
@@ -118,7 +143,15 @@ def fit(
             if step == 0:
                 state["first_loss"] = state["loss"]
             if step % LOG_EVERY == 0 or done == steps:
-                log({"loss": state["loss"], "lr": optimizer.param_groups[0]["lr"], "temperature": 1 / float(model.scale.detach()), "gradient_norm": float(norm)}, done)
+                log(
+                    {
+                        "loss": state["loss"],
+                        "lr": optimizer.param_groups[0]["lr"],
+                        "temperature": 1 / float(model.scale.detach()),
+                        "gradient_norm": float(norm),
+                    },
+                    done,
+                )
             if validate and stage.evaluate_every and (done % stage.evaluate_every == 0 or done == steps):
                 model.eval()
                 with torch.no_grad():

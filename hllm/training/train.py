@@ -27,7 +27,9 @@ def train(context: Context) -> None:
     """Step: trains, from the newest checkpoint if there is one, and saves the best (or last) weights."""
     _, family, stage_text = context.step.name.split("-")
     stage_number, settings = int(stage_text), context.settings
-    stage: Stage = settings.train.sasrec if family == "sasrec" else getattr(settings.train, f"stage{stage_number}")
+    stage: Stage = (
+        settings.train.sasrec if family == "sasrec" else getattr(settings.train, f"stage{stage_number}")
+    )
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     prepared = Prepared.open(context.inputs["prepare"])
@@ -36,7 +38,9 @@ def train(context: Context) -> None:
     else:
         vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
         model = next_stage(settings, context.inputs[train_name(family, 1)], vectors)
-    batches = Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, settings.run.seed + stage_number)
+    batches = Batches(
+        prepared, stage.history_length, stage.batch_size, stage.negatives, settings.run.seed + stage_number
+    )
     with context.graceful() as stopping:
         trained = fit(
             model,
@@ -46,7 +50,9 @@ def train(context: Context) -> None:
             work=context.work,
             stopping=stopping,
             log=context.log,
-            validate=lambda current: validation_ndcg(current, prepared, settings.embed.max_history, settings.embed.tokens_per_batch),
+            validate=lambda current: validation_ndcg(
+                current, prepared, settings.embed.max_history, settings.embed.tokens_per_batch
+            ),
             what=context.step.name,
         )
     context.tidy_curves()
@@ -70,11 +76,17 @@ def validation_ndcg(model: Recommender, prepared: Prepared, max_history: int, to
 
     held_out = HeldOut.of(prepared, "valid")
     if not len(held_out):
-        raise DataError("there are no validation events", where="train", remedy="Set evaluate_every = 0, or choose another split.")
+        raise DataError(
+            "there are no validation events",
+            where="train",
+            remedy="Set evaluate_every = 0, or choose another split.",
+        )
     if len(held_out) > MOST_VALIDATION_EVENTS:
         held_out = held_out.take(np.linspace(0, len(held_out) - 1, MOST_VALIDATION_EVENTS).astype(np.int64))
     vectors_ID = catalogue_vectors(model, prepared, tokens_per_batch)
-    users_RD = held_out_user_vectors(model.user, vectors_ID, prepared, held_out.users_R, held_out.positions_R, max_history, 256)
+    users_RD = held_out_user_vectors(
+        model.user, vectors_ID, prepared, held_out.users_R, held_out.positions_R, max_history, 256
+    )
     ranks = rank_by_vectors(users_RD, vectors_ID, held_out, "validation")
     filtered = np.asarray(ranks.filtered_R)
     return float(np.where(filtered <= 10, 1 / np.log2(filtered + 1), 0.0).mean())

@@ -12,7 +12,15 @@ from hllm.models.backbone import build_decoder
 from hllm.models.items import CachedItems, IdItems, TextItems
 from hllm.settings import Decoder
 
-TEXTS = [b"Toy Story", b"GoldenEye", b"a", b"Toy Story 2: the longest title of all", "日本 🎬".encode(), b"Heat", b"Heat"]
+TEXTS = [
+    b"Toy Story",
+    b"GoldenEye",
+    b"a",
+    b"Toy Story 2: the longest title of all",
+    "日本 🎬".encode(),
+    b"Heat",
+    b"Heat",
+]
 OFFSETS = np.concatenate([[0], np.cumsum([len(text) for text in TEXTS])]).astype(np.int64)
 TOKENS = np.frombuffer(b"".join(TEXTS), np.uint8).astype(np.int32)
 

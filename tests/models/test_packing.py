@@ -1,4 +1,5 @@
-"""An item's vector never depends on its neighbours: packed attention against transformers' own, one text at a time."""
+"""An item's vector never depends on its neighbours: packed attention against transformers' own, one text at a
+time."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def test_packed_sequences_equal_each_one_alone_in_transformers(pair):
     packing, inputs = Packing(LENGTHS), torch.randn(int(LENGTHS.sum()), 32)
     with torch.no_grad():
         together = run_packed(packed, inputs, packing)
-        alone = torch.cat([plain(inputs_embeds=part[None]).last_hidden_state[0] for part in inputs.split(LENGTHS.tolist())])
+        alone = torch.cat(
+            [plain(inputs_embeds=part[None]).last_hidden_state[0] for part in inputs.split(LENGTHS.tolist())]
+        )
     torch.testing.assert_close(together, alone, atol=2e-6, rtol=1e-5)
 
 

@@ -36,21 +36,39 @@ def test_info_nce_is_the_papers_formula(limit: float):
     outputs, targets, negatives = vectors(6, 8, seed=1), vectors(6, 8, seed=2), vectors(5, 8, seed=3)
     own = torch.tensor(np.random.default_rng(0).random((6, 5)) < 0.3)
     found = info_nce(outputs, targets, negatives, own, torch.tensor(10.0), limit)
-    assert float(found) == pytest.approx(loss_by_hand(outputs, targets, negatives, own, 10.0, limit), rel=1e-5)
+    assert float(found) == pytest.approx(
+        loss_by_hand(outputs, targets, negatives, own, 10.0, limit), rel=1e-5
+    )
 
 
 def test_a_twin_of_the_target_is_no_negative():
     outputs, targets = vectors(3, 8, seed=1), vectors(3, 8, seed=2)
-    with_twin = info_nce(outputs, targets, torch.cat([targets, vectors(2, 8, seed=5)]), torch.zeros(3, 5, dtype=torch.bool), torch.tensor(5.0), 0.99)
+    with_twin = info_nce(
+        outputs,
+        targets,
+        torch.cat([targets, vectors(2, 8, seed=5)]),
+        torch.zeros(3, 5, dtype=torch.bool),
+        torch.tensor(5.0),
+        0.99,
+    )
     own = torch.zeros(3, 5, dtype=torch.bool)
     own[:, :3] = torch.eye(3, dtype=torch.bool)
-    said = info_nce(outputs, targets, torch.cat([targets, vectors(2, 8, seed=5)]), own, torch.tensor(5.0), 2.0)
+    said = info_nce(
+        outputs, targets, torch.cat([targets, vectors(2, 8, seed=5)]), own, torch.tensor(5.0), 2.0
+    )
     assert float(with_twin) == pytest.approx(float(said))
 
 
 def test_a_row_without_any_negative_has_a_finite_gradient():
     outputs = vectors(2, 4, seed=1).requires_grad_()
-    loss = info_nce(outputs, vectors(2, 4, seed=2), vectors(3, 4, seed=3), torch.ones(2, 3, dtype=torch.bool), torch.tensor(5.0), 0.99)
+    loss = info_nce(
+        outputs,
+        vectors(2, 4, seed=2),
+        vectors(3, 4, seed=3),
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.tensor(5.0),
+        0.99,
+    )
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert outputs.grad is not None
@@ -74,7 +92,13 @@ def test_every_distinct_item_is_encoded_once():
             return super().forward(items_K)
 
     model = Recommender(Counting(9, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07, 0.99)
-    batch = Batch(Packing(np.array([2, 3])), np.array([1, 1, 2, 1, 2]), np.array([1, 2, 1, 2, 3]), np.array([3, 7]), np.zeros((2, 2), bool))
+    batch = Batch(
+        Packing(np.array([2, 3])),
+        np.array([1, 1, 2, 1, 2]),
+        np.array([1, 2, 1, 2, 3]),
+        np.array([3, 7]),
+        np.zeros((2, 2), bool),
+    )
     model.loss(batch).backward()
     assert [sorted(items) for items in encoded] == [[1, 2, 3, 7]]
 

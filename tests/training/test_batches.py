@@ -16,11 +16,19 @@ from tests.training.world import prepared_of
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), window=st.integers(2, 9), batch=st.integers(1, 5))
-def test_an_epoch_predicts_every_training_event_but_the_first_exactly_once(tmp_path_factory, lengths, window, batch):
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    window=st.integers(2, 9),
+    batch=st.integers(1, 5),
+)
+def test_an_epoch_predicts_every_training_event_but_the_first_exactly_once(
+    tmp_path_factory, lengths, window, batch
+):
     prepared = prepared_of(tmp_path_factory.mktemp("prepared"), lengths, items=40)
     batches = Batches(prepared, window, batch, 5, seed=1)
-    predicted = Counter(target for step in range(batches.steps_per_epoch) for target in batches[step].targets_T.tolist())
+    predicted = Counter(
+        target for step in range(batches.steps_per_epoch) for target in batches[step].targets_T.tolist()
+    )
     expected: Counter[int] = Counter()
     for start, end in zip(prepared.user_offsets[:-1], prepared.train_ends, strict=True):
         expected.update(np.asarray(prepared.event_items[start + 1 : end]).tolist())
@@ -42,7 +50,9 @@ def test_own_training_items_are_marked_and_held_out_ones_are_not(prepared: Prepa
     batches = Batches(prepared, 50, 4, 30, seed=1)
     own_SN = batches._own(np.arange(4), np.arange(30))
     for user in range(4):
-        trained = set(np.asarray(prepared.event_items[prepared.user_offsets[user] : prepared.train_ends[user]]).tolist())
+        trained = set(
+            np.asarray(prepared.event_items[prepared.user_offsets[user] : prepared.train_ends[user]]).tolist()
+        )
         assert set(np.flatnonzero(own_SN[user]).tolist()) == trained
 
 

@@ -1,8 +1,10 @@
-"""The loop: it learns, it stops when told, and a killed run ends bit for bit where an uninterrupted one does."""
+"""The loop: it learns, it stops when told, and a killed run ends bit for bit where an uninterrupted one
+does."""
 
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,20 @@ def prepared(tmp_path: Path) -> Prepared:
     return prepared_of(tmp_path / "prepared", [12, 9, 15, 20, 11], items=30)
 
 
-def run(prepared: Prepared, work: Path, model: Recommender, stage: Stage = STAGE, stop_after: int = 0, validate: Any = None) -> Trained:
+def run(
+    prepared: Prepared,
+    work: Path,
+    model: Recommender,
+    stage: Stage = STAGE,
+    stop_after: int = 0,
+    validate: Any = None,
+) -> Trained:
     """Train; with `stop_after`, as SIGTERM would end it during that step."""
     work.mkdir(exist_ok=True)
-    stopping, batches = threading.Event(), Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, 1)
+    stopping, batches = (
+        threading.Event(),
+        Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, 1),
+    )
 
     class Watched:
         windows, steps_per_epoch = batches.windows, batches.steps_per_epoch
@@ -40,7 +52,16 @@ def run(prepared: Prepared, work: Path, model: Recommender, stage: Stage = STAGE
             return batches[step]
 
     watched: Any = Watched()
-    return fit(model, watched, stage, seed=1, work=work, stopping=stopping, log=lambda values, at: None, validate=validate)
+    return fit(
+        model,
+        watched,
+        stage,
+        seed=1,
+        work=work,
+        stopping=stopping,
+        log=lambda values, at: None,
+        validate=validate,
+    )
 
 
 def weights(model: Recommender) -> dict[str, torch.Tensor]:
@@ -81,7 +102,9 @@ def test_the_best_weights_survive_a_stop(prepared: Prepared, tmp_path: Path):
     assert_identical(whole, second)
 
 
-def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(prepared: Prepared, tmp_path: Path, capsys):
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
+    prepared: Prepared, tmp_path: Path, capsys
+):
     whole = tiny_model(30)
     run(prepared, tmp_path / "whole", whole)
     for stop in (6, 12):
@@ -100,11 +123,16 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(prepared
 def test_no_checkpoint_is_a_pickle(prepared: Prepared, tmp_path: Path):
     with pytest.raises(Terminated):
         run(prepared, tmp_path / "parts", tiny_model(30), stop_after=5)
-    assert {path.suffix for path in (tmp_path / "parts").rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert {path.suffix for path in (tmp_path / "parts").rglob("*") if path.is_file()} == {
+        ".safetensors",
+        ".json",
+    }
 
 
 def test_training_lowers_the_loss(prepared: Prepared, tmp_path: Path):
-    trained = run(prepared, tmp_path / "work", tiny_model(30, dropout=0.0), STAGE.model_copy(update={"steps": 80}))
+    trained = run(
+        prepared, tmp_path / "work", tiny_model(30, dropout=0.0), STAGE.model_copy(update={"steps": 80})
+    )
     assert trained.last_loss < 0.5 * trained.first_loss
 
 
@@ -122,7 +150,7 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
-    assert all(after <= before for before, after in zip(rates[10:], rates[11:], strict=False))
+    assert all(after <= before for before, after in pairwise(rates[10:]))
 
 
 def test_weight_decay_spares_norms_biases_scalars_and_embeddings():
@@ -130,5 +158,7 @@ def test_weight_decay_spares_norms_biases_scalars_and_embeddings():
     decayed, spared = parameter_groups(model, 0.01)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(parameter)].rpartition(".")[2] for parameter in decayed["params"]} == {"weight"}
-    assert {"items.table", "user.positions", "user.input_scale", "log_scale"} <= {names[id(parameter)] for parameter in spared["params"]}
+    assert {"items.table", "user.positions", "user.input_scale", "log_scale"} <= {
+        names[id(parameter)] for parameter in spared["params"]
+    }
     assert all(parameter.ndim == 2 for parameter in decayed["params"])

@@ -14,7 +14,8 @@ from hllm.models.users import SASRecUser
 
 
 def prepared_of(folder: Path, lengths: list[int], items: int, seed: int = 0) -> Prepared:
-    """Users with histories of the given lengths; the last two events of those with three or more are held out."""
+    """Users with histories of the given lengths; the last two events of those with three or more are held
+    out."""
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     held = np.array(lengths) >= 3

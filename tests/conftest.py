@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from hllm.settings import Settings
+from hllm.steps import steps
 from tests import world
 
 
@@ -34,6 +35,26 @@ def tiny_settings(tmp_path: Path, tiny_source: world.TinySource) -> Callable[...
         return world.tiny_settings(folder, tiny_source, **sets)
 
     return build
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Settings, and the outputs of their steps by name."""
+
+    settings: Settings
+    outputs: dict[str, Path]
+
+    def __getitem__(self, step: str) -> Path:
+        return self.outputs[step]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_source: world.TinySource) -> Trained:
+    """Every step of both families up to the export, in small shards. Read it, do not write into it."""
+    sets = {"embed.shard_items": 25, "embed.shard_users": 15, "embed.max_history": 12}
+    settings = world.tiny_settings(tmp_path_factory.mktemp("trained"), tiny_source, **sets)
+    names = [name for name in steps(settings) if name != "evaluate"]
+    return Trained(settings, {name: world.run_steps(settings, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hllm.errors import ConfigError
 from hllm.settings import Decoder
 
 PACKAGE = "package:"
+AS = "A backbone is a local folder, a hub name that this machine can reach, a .gguf file, or package:NAME/FILE."
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ def find(backbone: str) -> Source:
     """
     if backbone.startswith(PACKAGE):
         package, _, inside = backbone.removeprefix(PACKAGE).partition("/")
-        spec = importlib.util.find_spec(package)
+        if not package or not inside:
+            raise ConfigError("is not of the form package:NAME/FILE", where=f"backbone {backbone}", remedy=AS)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # of a dotted name, the part before the dot
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ConfigError(
                 f"the Python package {package} is not installed",
                 where="backbone",
-                remedy="Install it, or name a local folder, a hub name or a .gguf file "
-                "in model.item_llm.backbone.",
+                remedy=f"Install it, or change the setting. {AS}",
             )
         backbone = str(Path(spec.submodule_search_locations[0]) / inside)
     if backbone.endswith(".gguf"):
@@ -104,15 +109,11 @@ def build_decoder(settings: Decoder, vocabulary: int) -> Any:
     source = find(settings.backbone)
     if not settings.pretrained:
         config = shape_of(source)
-        config.num_hidden_layers = settings.layers or config.num_hidden_layers
+        config.num_hidden_layers = _layers(settings, config)
         return AutoModel.from_config(_cut(config), attn_implementation=ATTENTION, dtype=torch.float32)
     whole = load_whole(source)
     config = type(whole.config).from_dict(whole.config.to_dict())
-    if settings.layers > config.num_hidden_layers:
-        raise ConfigError(
-            f"asks for {settings.layers} layers of {config.num_hidden_layers}", where="model.*.layers"
-        )
-    config.num_hidden_layers = settings.layers or config.num_hidden_layers
+    config.num_hidden_layers = _layers(settings, config)
     decoder = AutoModel.from_config(_cut(config), attn_implementation=ATTENTION, dtype=torch.float32)
     wanted = decoder.state_dict()
     weights = {name: value for name, value in whole.state_dict().items() if name in wanted}
@@ -171,6 +172,15 @@ def decoder_from_config(config: dict[str, Any]) -> Any:
     return AutoModel.from_config(shell, attn_implementation=ATTENTION)
 
 
+def _layers(settings: Decoder, config: Any) -> int:
+    """How many layers are kept."""
+    if settings.layers > config.num_hidden_layers:
+        raise ConfigError(
+            f"asks for {settings.layers} layers of {config.num_hidden_layers}", where="model.*.layers"
+        )
+    return settings.layers or int(config.num_hidden_layers)
+
+
 def _cut(config: Any) -> Any:
     """A configuration without quantisation (weights are plain) and with per-layer lists as long as the
     stack."""
@@ -191,7 +201,7 @@ def _plain_errors(source: Source):  # type: ignore[no-untyped-def]
         raise ConfigError(
             f"transformers cannot load it: {str(error).splitlines()[0]}",
             where=f"backbone {source.name}",
-            remedy="Name a local folder, a hub name that this machine can reach, or a .gguf file.",
+            remedy=AS,
         ) from None
 
 

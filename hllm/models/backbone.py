@@ -18,7 +18,7 @@ from hllm.errors import ConfigError
 from hllm.settings import Decoder
 
 PACKAGE = "package:"
-AS = "A backbone is a local folder, a hub name that this machine can reach, a .gguf file, or package:NAME/FILE."
+FORMS = "A backbone is a local folder, a reachable hub name, a .gguf file, or package:NAME/FILE."
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def find(backbone: str) -> Source:
     if backbone.startswith(PACKAGE):
         package, _, inside = backbone.removeprefix(PACKAGE).partition("/")
         if not package or not inside:
-            raise ConfigError("is not of the form package:NAME/FILE", where=f"backbone {backbone}", remedy=AS)
+            raise ConfigError(
+                "is not of the form package:NAME/FILE", where=f"backbone {backbone}", remedy=FORMS
+            )
         try:
             spec = importlib.util.find_spec(package)
         except ModuleNotFoundError:  # of a dotted name, the part before the dot
@@ -51,7 +53,7 @@ def find(backbone: str) -> Source:
             raise ConfigError(
                 f"the Python package {package} is not installed",
                 where="backbone",
-                remedy=f"Install it, or change the setting. {AS}",
+                remedy=f"Install it, or change the setting. {FORMS}",
             )
         backbone = str(Path(spec.submodule_search_locations[0]) / inside)
     if backbone.endswith(".gguf"):
@@ -201,7 +203,7 @@ def _plain_errors(source: Source):  # type: ignore[no-untyped-def]
         raise ConfigError(
             f"transformers cannot load it: {str(error).splitlines()[0]}",
             where=f"backbone {source.name}",
-            remedy=AS,
+            remedy=FORMS,
         ) from None
 
 

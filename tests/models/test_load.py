@@ -1,0 +1,127 @@
+"""What is saved is what is loaded: the same vectors, without the backbone that training started from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hllm.data.prepared import Prepared
+from hllm.errors import DataError
+from hllm.models.load import (
+    family_of,
+    load_item_model,
+    load_user_model,
+    new_model,
+    next_stage,
+    save_model,
+    width_of,
+)
+from hllm.models.packing import Packing
+from hllm.models.recommender import Recommender
+from hllm.settings import Settings
+from tests.training.world import prepared_of
+
+TinySettings = Callable[..., Settings]
+ITEMS = np.arange(12)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    (tmp_path / "prepared").mkdir()
+    return prepared_of(tmp_path / "prepared", [3, 5, 9], items=12)
+
+
+def moved(model: Recommender) -> Recommender:
+    """As if it had been trained: every weight is somewhere else."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def user_vectors(user: torch.nn.Module, width: int) -> torch.Tensor:
+    packing = Packing(np.array([1, 4, 7]))
+    history = torch.nn.functional.normalize(torch.randn(12, width, generator=torch.manual_seed(2)), dim=-1)
+    with torch.no_grad():
+        return user(history, packing)
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("family", ["hllm", "sasrec"])
+def test_a_loaded_model_gives_the_same_vectors(
+    tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, family: str, whiten: bool
+):
+    model = moved(new_model(tiny_settings(**{"model.whiten": whiten}), family, prepared))
+    save_model(model, family, tmp_path)
+    items, user = load_item_model(tmp_path, prepared), load_user_model(tmp_path)
+    assert not items.training
+    assert not user.training
+    with torch.no_grad():
+        torch.testing.assert_close(items(ITEMS), model.items(ITEMS))
+    torch.testing.assert_close(user_vectors(user, items.width), user_vectors(model.user, items.width))
+    assert (family_of(tmp_path), width_of(tmp_path)) == (family, items.width)
+    assert ("whiten" in json.loads((tmp_path / "model.json").read_text())) == (family == "hllm")
+
+
+def test_whitening_starts_from_the_catalogue_and_spreads_its_vectors(
+    tiny_settings: TinySettings, prepared: Prepared
+):
+    with torch.no_grad():
+        plain = new_model(tiny_settings(**{"model.whiten": False}), "hllm", prepared).items(ITEMS)
+        white = new_model(tiny_settings(), "hllm", prepared).items(ITEMS)
+    assert white.mean(0).norm() < 0.5 * plain.mean(0).norm()
+
+
+def test_the_whole_vocabulary_is_saved_and_a_new_text_can_be_read(
+    tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared
+):
+    model = moved(new_model(tiny_settings(), "hllm", prepared))
+    assert len(model.items.words) < 256
+    save_model(model, "hllm", tmp_path)
+    assert load_file(tmp_path / "item.safetensors")["words"].shape == (256, 32)
+    unused = np.setdiff1d(np.arange(256), prepared.token_ids)[:3].astype(np.int32)
+    assert len(unused) == 3
+    items = load_item_model(tmp_path, prepared)
+    items.attach(unused, np.array([0, 3]))
+    with torch.no_grad():
+        torch.testing.assert_close(items(np.array([0])).norm(dim=1), torch.ones(1))
+
+
+def test_the_second_stage_starts_where_the_first_ended_and_leaves_the_items_alone(
+    tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared
+):
+    first = moved(new_model(tiny_settings(), "hllm", prepared))
+    save_model(first, "hllm", tmp_path)
+    with torch.no_grad():
+        vectors = first.items(ITEMS).numpy()
+    second = next_stage(tiny_settings(), tmp_path, vectors).eval()
+    torch.testing.assert_close(second.scale, first.scale)
+    torch.testing.assert_close(user_vectors(second.user, 32), user_vectors(first.user, 32))
+    assert not [name for name, _ in second.named_parameters() if name.startswith("items")]
+    (tmp_path / "second").mkdir()
+    save_model(second, "hllm", tmp_path / "second")
+    assert {path.name for path in (tmp_path / "second").iterdir()} == {"model.json", "user.safetensors"}
+    again = load_user_model(tmp_path / "second")
+    torch.testing.assert_close(user_vectors(again, 32), user_vectors(first.user, 32))
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(
+    tiny_settings: TinySettings, prepared: Prepared
+):
+    def weights(seed: int) -> torch.Tensor:
+        return new_model(tiny_settings(**{"run.seed": seed}), "sasrec", prepared).items.table
+
+    torch.testing.assert_close(weights(1), weights(1))
+    assert (weights(1) - weights(2)).abs().max() > 0
+
+
+def test_towers_of_different_width_are_refused_by_name(tiny_settings: TinySettings, prepared: Prepared):
+    with pytest.raises(DataError, match="the Item LLM is 16 wide and the User LLM 32") as error:
+        new_model(tiny_settings(**{"model.item_llm.width": 16}), "hllm", prepared)
+    assert "model.user_llm" in str(error.value)

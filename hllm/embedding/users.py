@@ -11,6 +11,7 @@ from torch import nn
 
 from hllm.data.prepared import Prepared
 from hllm.models.packing import Packing, ragged
+from hllm.models.users import SASRecUser
 
 Ints = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float32]
@@ -49,6 +50,9 @@ def vectors_of_histories(
     Short histories are encoded with short ones, so a batch holds no padding and one long history does not
     slow the rest.
     """
+    if isinstance(model, SASRecUser):  # it knows as many positions as its training windows were long
+        skipped_R = np.maximum(lengths_R - model.max_history, 0)
+        starts_R, lengths_R = starts_R + skipped_R, lengths_R - skipped_R
     vectors_RD = np.empty((len(starts_R), item_vectors_ID.shape[1]), np.float32)
     order = np.argsort(lengths_R, kind="stable")
     with torch.inference_mode():

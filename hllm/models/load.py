@@ -50,7 +50,7 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
             )
     else:
         shape = model.sasrec
-        longest = max(settings.train.sasrec.history_length, settings.embed.max_history)
+        longest = settings.train.sasrec.history_length
         items = IdItems(prepared.items, shape.width)
         user = SASRecUser(shape.width, shape.layers, shape.heads, shape.dropout, longest)
     return Recommender(items, user, model.temperature, model.false_negative_cosine)

@@ -1,0 +1,72 @@
+"""A user's vector depends on the user's own last events, and on nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hllm.data.prepared import Prepared
+from hllm.embedding.items import ItemVectors
+from hllm.embedding.users import held_out_user_vectors, vectors_of_histories
+from hllm.models.load import load_user_model
+from tests.conftest import Trained
+
+MODELS = [("train-hllm-2", "embed-hllm-1"), ("train-sasrec-1", "embed-sasrec-1")]
+
+
+@pytest.fixture(params=MODELS, ids=["hllm", "sasrec"])
+def parts(request: pytest.FixtureRequest, trained: Trained):
+    train, embed = request.param
+    return load_user_model(trained[train]), ItemVectors.open(trained[embed]).matrix()
+
+
+@pytest.fixture
+def prepared(trained: Trained) -> Prepared:
+    return Prepared.open(trained["prepare"])
+
+
+def test_a_vector_is_the_same_alone_and_in_any_company(parts, prepared: Prepared):
+    model, items = parts
+    users, ends = prepared.held_out("test")
+    together = held_out_user_vectors(model, items, prepared, users, ends, 50, 256)
+    few = held_out_user_vectors(model, items, prepared, users, ends, 50, 3)
+    backwards = held_out_user_vectors(model, items, prepared, users[::-1], ends[::-1], 50, 5)[::-1]
+    np.testing.assert_allclose(few, together, atol=1e-5)
+    np.testing.assert_allclose(backwards, together, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_a_vector_sees_the_events_before_its_position_and_no_other(parts, prepared: Prepared):
+    model, items = parts
+    user = int(np.argmax(np.diff(prepared.user_offsets)))
+    start, end = (int(offset) for offset in prepared.user_offsets[user : user + 2])
+    position, most = end - 3, 6
+    before = held_out_user_vectors(model, items, prepared, np.array([user]), np.array([position]), most, 1)
+
+    def with_changed(event: int) -> np.ndarray:
+        events = np.array(prepared.event_items)
+        events[event] = (events[event] + 1) % len(items)
+        return vectors_of_histories(model, items, events, np.array([position - most]), np.array([most]), 1)
+
+    assert position - most - 1 >= start
+    for unseen in (position - most - 1, position, position + 1):
+        np.testing.assert_array_equal(with_changed(unseen), before)
+    for seen in range(position - most, position):
+        assert np.abs(with_changed(seen) - before).max() > 1e-6
+
+
+def test_the_order_of_events_matters(parts):
+    model, items = parts
+    events = np.array([1, 2, 3, 4, 4, 3, 2, 1])
+    there, back = vectors_of_histories(model, items, events, np.array([0, 4]), np.array([4, 4]), 2)
+    assert np.abs(there - back).max() > 1e-4
+
+
+def test_a_history_longer_than_sasrec_was_trained_on_counts_by_its_last_events(trained: Trained):
+    model = load_user_model(trained["train-sasrec-1"])
+    items = ItemVectors.open(trained["embed-sasrec-1"]).matrix()
+    known = trained.settings.train.sasrec.history_length
+    events = np.arange(3 * known) % len(items)
+    starts, lengths = np.array([0, 2 * known]), np.array([3 * known, known])
+    whole, last = vectors_of_histories(model, items, events, starts, lengths, 2)
+    np.testing.assert_allclose(whole, last, atol=1e-6)

@@ -86,20 +86,28 @@ def test_ten_steps_a_stop_and_ten_more_equal_twenty(prepared: Prepared, tmp_path
 
 def test_the_best_weights_survive_a_stop(prepared: Prepared, tmp_path: Path):
     stage = STAGE.model_copy(update={"evaluate_every": 4})
-    scores = {4: 0.5, 8: 0.9, 12: 0.2, 16: 0.3, 20: 0.1}
+    scores = {0: 0.1, 4: 0.5, 8: 0.9, 12: 0.2, 16: 0.3, 20: 0.1}
 
     def validator() -> Any:
         return lambda model: scores[next(steps)]
 
-    steps = iter((4, 8, 12, 16, 20))
+    steps = iter((0, 4, 8, 12, 16, 20))
     whole = tiny_model(30)
     assert run(prepared, tmp_path / "whole", whole, stage, validate=validator()).best_step == 8
-    steps = iter((4, 8, 12, 16, 20))
+    steps = iter((0, 4, 8, 12, 16, 20))
     with pytest.raises(Terminated):
         run(prepared, tmp_path / "parts", tiny_model(30), stage, stop_after=10, validate=validator())
     second = tiny_model(30)
     assert run(prepared, tmp_path / "parts", second, stage, validate=validator()).best_step == 8
     assert_identical(whole, second)
+
+
+def test_a_stage_that_only_makes_it_worse_keeps_the_weights_it_began_with(prepared: Prepared, tmp_path: Path):
+    model, before = tiny_model(30), tiny_model(30)
+    steps = iter((0.9, 0.5, 0.4, 0.3, 0.2, 0.1))
+    stage = STAGE.model_copy(update={"evaluate_every": 4})
+    assert run(prepared, tmp_path / "work", model, stage, validate=lambda model: next(steps)).best_step == 0
+    assert_identical(before, model)
 
 
 def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(

@@ -46,7 +46,7 @@ class Step:
 FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,)}
 """Family -> its training stages."""
 
-_TRAIN_DECIDES = {
+_TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
     ("hllm", 1): (
         "run.seed",
         "model.item_llm",
@@ -107,6 +107,9 @@ def steps(settings: Settings) -> dict[str, Step]:
     evaluated: list[str] = []
     for family, stages in FAMILIES.items():
         for stage in stages:
+            decides = _TRAIN_DECIDES[family, stage]
+            if settings.at(decides[-1]).evaluate_every:  # validation reads as much history as inference does
+                decides += ("embed.max_history",)
             cache = () if stage == 1 else (train_name(family, 1), embed_name(family, 1))
             found.append(
                 Step(
@@ -114,7 +117,7 @@ def steps(settings: Settings) -> dict[str, Step]:
                     ("train", "--family", family, "--stage", str(stage)),
                     f"{family} stage {stage}",
                     ("prepare", *cache),
-                    _TRAIN_DECIDES[family, stage],
+                    decides,
                     "hllm.training.train:train",
                 )
             )

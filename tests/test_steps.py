@@ -47,6 +47,17 @@ def test_a_setting_changes_the_keys_of_what_depends_on_it_and_of_nothing_else(
     stage2 = changed(before, keys(tiny_settings(**{"train.stage2.lr": 0.5})))
     assert {"train-hllm-2", "embed-hllm-3", "evaluate"} == stage2
     assert changed(before, keys(tiny_settings(**{"data.batch_rows": 9}))) == set(before)
+    longer = {"embed.max_history": 33}
+    assert changed(before, keys(tiny_settings(**longer))) == {"embed-hllm-3", "evaluate"}
+
+
+def test_the_history_that_validation_reads_belongs_to_the_model_it_chooses(
+    tiny_settings: TinySettings,
+) -> None:
+    chosen = {"train.stage2.evaluate_every": 2}
+    before = keys(tiny_settings(**chosen))
+    after = keys(tiny_settings(**chosen, **{"embed.max_history": 33}))
+    assert changed(before, after) == {"train-hllm-2", "embed-hllm-3", "evaluate"}
 
 
 def test_other_data_changes_every_key(tiny_settings: TinySettings, tmp_path: Path) -> None:

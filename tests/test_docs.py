@@ -1,0 +1,87 @@
+"""What is documented is what there is: commands, settings and the files that ship with them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from hllm import settings as settings_module
+from hllm.cli import app
+from hllm.settings import Section, Settings, describe, load
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.toml"))
+COMMANDS = sorted(typer.main.get_group(app).commands)  # type: ignore[attr-defined]
+SETTINGS = sorted(
+    dotted for dotted in settings_module._all_keys(Settings) if settings_module._section_at(dotted) is None
+)
+
+
+def documents() -> str:
+    return "\n".join(path.read_text("utf-8") for path in [REPOSITORY / "README.md"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_readme(command: str):
+    assert re.search(rf"\bhllm {command}\b", documents()), f"README.md does not mention `hllm {command}`"
+
+
+def test_the_readme_mentions_no_command_that_there_is_not():
+    """In code, that is: between backticks, or at the start of a line of a code block."""
+    mentioned = set(re.findall(r"(?:`|^\s*(?:\$ )?)hllm ([a-z]+)\b", documents(), re.MULTILINE))
+    assert mentioned <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_does(command: str):
+    described = typer.main.get_group(app).commands[command].help  # type: ignore[attr-defined]
+    assert described
+    assert described.strip().endswith(".")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads_and_says_something(path: Path):
+    settings = load(path, environ={})
+    assert settings.run.name != Settings().run.name
+    for dotted, value in _values(tomllib.loads(path.read_text("utf-8"))):
+        wanted = tuple(value) if isinstance(value, list) else value
+        assert settings.at(dotted) == wanted, f"{path.name}: {dotted}"
+
+
+def test_there_is_a_configuration_to_start_from():
+    assert REPOSITORY / "configs" / "demo.toml" in CONFIGS
+
+
+@pytest.mark.parametrize("dotted", SETTINGS)
+def test_every_setting_has_a_docstring(dotted: str):
+    described = describe(dotted)
+    assert len(described) > 10, f"{dotted} has no docstring under it"
+    assert described.endswith((".", ")", "?")), f"the docstring of {dotted} is not a sentence: {described}"
+
+
+def test_every_setting_stands_in_the_schema_of_the_trigger_form():
+    schema = Settings.model_json_schema()
+    for section in _sections(Settings):
+        properties = schema["$defs"][section.__name__]["properties"]
+        assert set(properties) == set(section.model_fields)
+
+
+def _values(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:  # type: ignore[type-arg]
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _sections(section: type[Section]) -> Iterator[type[Section]]:
+    for name in section.model_fields:
+        inner = settings_module._section_type(section, name)
+        if inner:
+            yield inner
+            yield from _sections(inner)

@@ -33,8 +33,11 @@ test: setup  ## every test (no root, no server installed beforehand)
 test-slow: setup  ## the longer proofs
 	$(BIN)/pytest -m slow
 
+bench: setup  ## every speed and memory figure beside its peer, in one table
+	$(BIN)/python benchmarks/all.py
+
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.PHONY: help setup demo ui stop test test-slow lint
+.PHONY: help setup demo ui stop test test-slow bench lint

@@ -8,7 +8,6 @@ its own too. Both start from the exported Parquet file. At the end both stores a
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import sqlite3
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from measure import Figures, arguments
 from tabulate import tabulate
 
 from hllm.artifacts import Manifest
@@ -32,14 +32,14 @@ AT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=5_000)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest of so many runs counts")
-    parser.add_argument("--only", choices=list(WRITERS), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quick:
+        args.rows, args.repeats = 500, 1
     if args.only:
         print(json.dumps(measure(args.only, args.folder, args.batch)))
         return
@@ -77,6 +77,17 @@ def main() -> None:
     ratio = found["feast"]["seconds"] / found["ours"]["seconds"]
     cpu = found["feast"]["cpu"] / found["ours"]["cpu"]
     print(f"ours is {ratio:.1f} times as fast ({cpu:.1f} times by CPU); same bytes stored: {same}")
+    if not same:
+        sys.exit("the two writers stored different bytes")
+    figures = Figures("publishing")
+    for writer, run in found.items():
+        figures.add(
+            LABELS[writer], f"{args.rows / run['seconds']:,.0f} rows/s; peak {run['peak_mb']:,.0f} MiB"
+        )
+    figures.claim(
+        "our writer against Feast's own", f"{ratio:.1f} times as fast", "at least equal", ratio >= 1
+    )
+    figures.finish(args.figures)
     print("Most of what is left is Feast's SQLite writer, which is below both.")
 
 

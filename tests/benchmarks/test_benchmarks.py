@@ -1,0 +1,39 @@
+"""Every benchmark runs, agrees with its peer, and writes its figures. Nothing here looks at a clock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def figures_of(benchmark: str, folder: Path, *arguments: str) -> list[dict[str, str]]:
+    found = folder / "figures.json"
+    script = [sys.executable, str(FOLDER / f"{benchmark}.py"), "--quick", "--threads", "1"]
+    done = subprocess.run([*script, "--figures", str(found), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(found.read_text("utf-8"))
+
+
+def test_publishing_writes_the_same_bytes_as_feast(tmp_path: Path) -> None:
+    rows = figures_of("publish", tmp_path)
+    assert [row["claim"][:4] in ("PASS", "FAIL") for row in rows] == [False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", ["stage1_step", "encode", "stage2_step"])
+def test_both_sides_compute_the_same(benchmark: str, tmp_path: Path) -> None:
+    """The benchmarks end with an error when losses, gradients or vectors of the two sides differ."""
+    rows = figures_of(benchmark, tmp_path)
+    assert any("times as fast" in row["figure"] for row in rows)
+
+
+@pytest.mark.slow
+def test_pretrained_weights_change_the_first_loss(tmp_path: Path) -> None:
+    first = figures_of("pretrained", tmp_path)[0]
+    assert first["claim"].startswith("PASS"), first

@@ -162,7 +162,7 @@ class Model(Section):
     """The ID-based baseline."""
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
-    whiten: bool = True
+    whiten: bool = False
     """Start the item vectors from the whitening of the pretrained ones (a trained linear layer after [ITEM],
     not in the paper); false takes the hidden state itself."""
     false_negative_cosine: float = Field(0.99, gt=0, le=1)

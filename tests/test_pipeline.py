@@ -183,15 +183,16 @@ def test_training_stopped_then_killed_ends_with_the_same_digest(
     assert not work.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "trace"),
     [
+        ("train-hllm-1", "curves.jsonl"),
+        ("train-hllm-1", "model.json"),
         ("embed-hllm-1", "vectors-00009.npy"),
-        pytest.param("embed-hllm-3", "users-00009.parquet", marks=pytest.mark.slow),
-        pytest.param("train-hllm-1", "curves.jsonl", marks=pytest.mark.slow),
-        pytest.param("train-hllm-1", "model.json", marks=pytest.mark.slow),
-        pytest.param("evaluate", "examples.json", marks=pytest.mark.slow),
-        pytest.param("evaluate", "metrics.json", marks=pytest.mark.slow),
+        ("embed-hllm-3", "users-00009.parquet"),
+        ("evaluate", "examples.json"),
+        ("evaluate", "metrics.json"),
     ],
 )
 def test_a_killed_step_run_again_ends_with_the_same_digest(

@@ -236,8 +236,9 @@ def main() -> None:
 def _suit_the_allocator() -> None:
     """Start this process again with glibc told to give large tensors back when they are freed, in huge pages.
 
-    Batches of texts differ a little in size, and the allocator's own way of keeping freed memory lets a training process
-    grow to several times what it needs; small pages then cost a third of the processor's time.
+    Batches of texts differ a little in size, and the allocator's own way of keeping freed memory lets a
+    training process grow to several times what it needs; small pages then cost a third of the processor's
+    time.
     """
     wanted = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -246,7 +247,8 @@ def _suit_the_allocator() -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     if sys.platform == "linux" and not any(name in os.environ for name in wanted):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+        same = [sys.executable, *sys.orig_argv[1:]]  # with the interpreter's own options, -m and -c too
+        os.execve(sys.executable, same, {**os.environ, **wanted})  # noqa: S606 - this very program again
 
 
 def _step(name: str, config: Path | None, overrides: list[str] | None, force: bool, debug: bool) -> None:

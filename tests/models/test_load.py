@@ -74,7 +74,7 @@ def test_whitening_starts_from_the_catalogue_and_spreads_its_vectors(
 ):
     with torch.no_grad():
         plain = new_model(tiny_settings(**{"model.whiten": False}), "hllm", prepared).items(ITEMS)
-        white = new_model(tiny_settings(), "hllm", prepared).items(ITEMS)
+        white = new_model(tiny_settings(**{"model.whiten": True}), "hllm", prepared).items(ITEMS)
     assert white.mean(0).norm() < 0.5 * plain.mean(0).norm()
 
 

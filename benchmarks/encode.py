@@ -47,7 +47,7 @@ class Size:
     repeats: int
 
 
-FULL = Size(films=1_682, descriptions=400, films_in_description=12, layers=3, repeats=4)
+FULL = Size(films=800, descriptions=200, films_in_description=12, layers=3, repeats=3)
 QUICK = Size(films=40, descriptions=10, films_in_description=4, layers=1, repeats=1)
 
 
@@ -85,16 +85,18 @@ def compare(
         f"vectors agree within {apart:.0e}"
     )
     times = interleaved(ways, size.repeats)
-    memory = {way: memory_apart(__file__, f"{way}/{catalogue}", folder, args)[0] for way in ways}
+    best = min(PEERS, key=lambda way: times[way].median)
+    memory = {way: memory_apart(__file__, f"{way}/{catalogue}", folder, args)[0] for way in ("ours", best)}
+    peaks = {way: str(memory.get(way, "not measured")) for way in ways}
     print_table(
-        [(way, f"{len(texts) / times[way].median:,.0f}", str(times[way]), str(memory[way])) for way in ways],
+        [(way, f"{len(texts) / times[way].median:,.0f}", str(times[way]), peaks[way]) for way in ways],
         ("encoder", "items/s", "median (range)", "peak memory"),
     )
     for way in ways:
         figures.add(
-            f"{catalogue}, {way}", f"{len(texts) / times[way].median:,.0f} items/s; peak {memory[way]}"
+            f"{catalogue}, {way}", f"{len(texts) / times[way].median:,.0f} items/s; peak {peaks[way]}"
         )
-    ratio = min(times[way].median for way in peers) / times["ours"].median
+    ratio = times[best].median / times["ours"].median
     what = f"{catalogue}: our encoding against sentence-transformers"
     figures.claim(what, f"{ratio:.2f} times as fast", "at least equal", ratio >= WANTED)
 

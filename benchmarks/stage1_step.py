@@ -61,7 +61,7 @@ class Size:
 
 
 FULL = Size(
-    users=500, items=10_000, history=24, batch=16, negatives=128, item_layers=3, user_layers=2, repeats=4
+    users=500, items=10_000, history=24, batch=12, negatives=96, item_layers=3, user_layers=2, repeats=3
 )
 QUICK = Size(users=20, items=200, history=6, batch=3, negatives=8, item_layers=1, user_layers=1, repeats=1)
 

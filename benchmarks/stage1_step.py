@@ -38,13 +38,11 @@ from torch import Tensor, nn
 from hllm.data.prepared import Prepared
 from hllm.models.items import TextItems
 from hllm.models.packing import Packing, ragged, run_packed
-from hllm.models.recommender import Batch, Recommender, info_nce
+from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
 from hllm.models.users import DecoderUser
 from hllm.training.batches import Batches
 
 WANTED = 2.0
-NO_MASK = 2.0
-"""A cosine no pair reaches: items are told apart by index alone, so rounding cannot change what counts."""
 # S windows, L events of the longest, T targets, K texts, D width
 
 
@@ -142,7 +140,7 @@ def steps(prepared: Prepared, size: Size, wanted: list[str]) -> dict[str, Callab
         chosen[way] = Naive(items, user, prepared, padded=way == "naive", head=way != "no head")
     if "ours" in wanted:
         items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
-        chosen["ours"] = Recommender(items, user, 0.07, NO_MASK)
+        chosen["ours"] = Recommender(items, user, 0.07)
 
     def step_of(model: nn.Module) -> Callable[[], tuple[float, float]]:
         def step() -> tuple[float, float]:
@@ -188,9 +186,8 @@ class Naive(nn.Module):
             F.normalize(outputs_SLD, dim=-1)[real_SL],
             torch.cat([window[1:] for window in windows]),
             vectors_KD[texts:],
-            torch.from_numpy(batch.own_SN)[torch.from_numpy(batch.packing.sequence_T)],
+            no_negatives(batch, torch.device("cpu")),
             self.scale,
-            NO_MASK,
         )
 
     def encode_padded(self, items_K: np.ndarray) -> Tensor:

@@ -113,9 +113,7 @@ def training_of(way: str, prepared: Prepared, size: Size) -> Callable[[], dict[s
     model = model_of(way, prepared, size).train()
     batches = Batches(prepared, size.history, size.batch, size.negatives, seed=1)
     stage, seconds = Stage(), []
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, stage.weight_decay), lr=stage.lr, betas=(0.9, 0.98), fused=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.lr, betas=(0.9, 0.98), fused=True)
 
     def train() -> dict[str, object]:
         for step in range(size.steps + 1):
@@ -149,7 +147,7 @@ def model_of(way: str, prepared: Prepared, size: Size) -> Recommender:
         else:
             vectors = np.random.default_rng(0).normal(size=(size.items, WIDTH)).astype(np.float32)
             items = CachedItems(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-    return Recommender(items, user, 0.07, 0.99)
+    return Recommender(items, user, 0.07)
 
 
 def trained(module: nn.Module) -> int:

@@ -162,11 +162,13 @@ class Model(Section):
     """The ID-based baseline."""
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
+    item_vector: Literal["item_token", "mean"] = "item_token"
+    """What of the Item LLM's last layer is the item: its state at the learned [ITEM] vector after the text, or
+    the mean over the text. A model cut to few layers has hardly begun to gather the text in one place: take
+    the mean there."""
     whiten: bool = False
-    """Start the item vectors from the whitening of the pretrained ones (a trained linear layer after [ITEM],
-    not in the paper); false takes the hidden state itself."""
-    false_negative_cosine: float = Field(0.99, gt=0, le=1)
-    """A negative closer than this to the target is masked."""
+    """Start the item vectors from the whitening of the pretrained ones (a trained linear layer after the Item
+    LLM, not in the paper); false takes the hidden state itself."""
 
 
 class Stage(Section):
@@ -183,6 +185,10 @@ class Stage(Section):
     """Optimizer steps; 0 derives them from `epochs`."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
+    item_lr: float = Field(0.0, ge=0)
+    """Peak learning rate of the item side (stage 1); 0 takes `lr`."""
+    words_lr: float = Field(0.0, ge=0)
+    """Peak learning rate of the Item LLM's word embeddings (stage 1); 0 takes `item_lr`."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps with rising learning rate; a cosine to a tenth follows."""
     weight_decay: float = Field(0.01, ge=0)

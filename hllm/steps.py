@@ -52,8 +52,8 @@ _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
         "model.item_llm",
         "model.user_llm",
         "model.temperature",
+        "model.item_vector",
         "model.whiten",
-        "model.false_negative_cosine",
         "train.stage1",
     ),
     ("hllm", 2): ("run.seed", "train.stage2"),
@@ -61,7 +61,6 @@ _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
         "run.seed",
         "model.sasrec",
         "model.temperature",
-        "model.false_negative_cosine",
         "train.sasrec",
     ),
 }

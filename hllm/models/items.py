@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.models.packing import Packing, ragged, run_packed_to_last
+from hllm.models.packing import Packing, ragged, run_packed, run_packed_to_last
 
 # K distinct items, T tokens, D vector width
 Items = npt.NDArray[np.integer]
@@ -22,21 +22,25 @@ Items = npt.NDArray[np.integer]
 
 class TextItems(nn.Module):
     """The Item LLM (HLLM, section 3.1): prompt and text, then the learned [ITEM] vector, whose last hidden
-    state is the item.
+    state is the item; or (table 10) the mean of the text's last hidden states, without [ITEM].
 
     Only word embeddings of tokens that the catalogue uses are trained: the others would never receive a
     gradient, so the result is the same, and the optimizer need not walk over a vocabulary of 50,000 for a few
     thousand words.
     """
 
-    def __init__(self, decoder: Any, whiten: bool = False) -> None:
+    def __init__(self, decoder: Any, whiten: bool = False, vector: str = "item_token") -> None:
         super().__init__()
         words = decoder.get_input_embeddings().weight.detach()
         decoder.set_input_embeddings(nn.Identity())
         self.decoder = decoder
         self.words = nn.Parameter(words.clone())
-        self.item_token = nn.Parameter(words.mean(0))
         self.width = words.shape[1]
+        self.vector = vector
+        if vector == "item_token":
+            # Zero asks for nothing in particular: attention starts as the mean over the text, where a
+            # pretrained first layer given an ordinary vector looks at the last word or two.
+            self.item_token = nn.Parameter(torch.zeros_like(words[0]))
         if whiten:
             self.centre = nn.Parameter(torch.zeros(self.width))
             self.projection = nn.Parameter(torch.eye(self.width))
@@ -83,25 +87,35 @@ class TextItems(nn.Module):
         self.projection.copy_(vectors / (values + floor * values[-1]).clamp_min(1e-12).sqrt() @ vectors.T)
 
     def hidden(self, items_K: Items) -> Tensor:
-        """The last hidden state at [ITEM]: (K,) -> (K, D)."""
+        """The last hidden state at [ITEM], or the mean of the text's last hidden states: (K,) -> (K, D)."""
         lengths = self.token_offsets[items_K + 1] - self.token_offsets[items_K]
         order = np.argsort(lengths, kind="stable")
-        packing = Packing(lengths[order] + 1)
-        device = self.item_token.device
+        device = self.words.device
         tokens = self.token_ids[ragged(self.token_offsets[items_K[order]], lengths[order])]
+        words_TD = F.embedding(torch.from_numpy(tokens.astype(np.int64)).to(device), self.words)
+        read = self._at_item_token if self.vector == "item_token" else self._mean
+        back = torch.from_numpy(np.argsort(order, kind="stable")).to(device)
+        return read(words_TD, lengths[order])[back].float()
+
+    def _at_item_token(self, words_TD: Tensor, lengths_K: npt.NDArray[np.int64]) -> Tensor:
+        packing = Packing(lengths_K + 1)
         is_word = np.ones(packing.tokens, dtype=bool)
         is_word[packing.last_S] = False
-        word_positions = torch.from_numpy(np.flatnonzero(is_word)).to(device)
-        item_positions = torch.from_numpy(packing.last_S).to(device)
-        words = F.embedding(torch.from_numpy(tokens.astype(np.int64)).to(device), self.words)
-        inputs_TD = words.new_empty(packing.tokens, self.width)
-        inputs_TD = inputs_TD.index_copy(0, word_positions, words)
+        word_positions = torch.from_numpy(np.flatnonzero(is_word)).to(words_TD.device)
+        item_positions = torch.from_numpy(packing.last_S).to(words_TD.device)
+        inputs_TD = words_TD.new_empty(packing.tokens, self.width)
+        inputs_TD = inputs_TD.index_copy(0, word_positions, words_TD)
         inputs_TD = inputs_TD.index_copy(
-            0, item_positions, self.item_token.expand(len(order), -1).to(words.dtype)
+            0, item_positions, self.item_token.expand(len(lengths_K), -1).to(words_TD.dtype)
         )
-        sorted_KD = run_packed_to_last(self.decoder, inputs_TD, packing)
-        back = torch.from_numpy(np.argsort(order, kind="stable")).to(device)
-        return sorted_KD[back].float()
+        return run_packed_to_last(self.decoder, inputs_TD, packing)
+
+    def _mean(self, words_TD: Tensor, lengths_K: npt.NDArray[np.int64]) -> Tensor:
+        packing = Packing(lengths_K)
+        hidden_TD = run_packed(self.decoder, words_TD, packing).float()
+        text_T = torch.from_numpy(packing.sequence_T).to(words_TD.device)
+        sums_KD = hidden_TD.new_zeros(len(lengths_K), self.width).index_add(0, text_T, hidden_TD)
+        return sums_KD / torch.from_numpy(lengths_K).to(sums_KD)[:, None]
 
     def full_state(self) -> dict[str, Tensor]:
         """Weights with the whole vocabulary, as they are saved and loaded."""

@@ -35,7 +35,8 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
     user: DecoderUser | SASRecUser
     if family == "hllm":
         vocabulary = int(prepared.token_ids.max()) + 1 if not model.item_llm.backbone else 0
-        items = TextItems(build_decoder(model.item_llm, max(vocabulary, 256)), model.whiten)
+        decoder = build_decoder(model.item_llm, max(vocabulary, 256))
+        items = TextItems(decoder, model.whiten, model.item_vector)
         items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
         if model.whiten:
             sample = np.random.default_rng(settings.run.seed).permutation(prepared.items)[:WHITENING_ITEMS]
@@ -53,15 +54,13 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         longest = settings.train.sasrec.history_length
         items = IdItems(prepared.items, shape.width)
         user = SASRecUser(shape.width, shape.layers, shape.heads, shape.dropout, longest)
-    return Recommender(items, user, model.temperature, model.false_negative_cosine)
+    return Recommender(items, user, model.temperature)
 
 
 def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.float32]) -> Recommender:
     """Stage 2: the user model as stage 1 left it, over cached item vectors; the Item LLM is not loaded."""
     user, log_scale = _load_user(before)
-    model = Recommender(
-        CachedItems(vectors_ID), user, settings.model.temperature, settings.model.false_negative_cosine
-    )
+    model = Recommender(CachedItems(vectors_ID), user, settings.model.temperature)
     with torch.no_grad():
         model.log_scale.copy_(log_scale)
     return model
@@ -84,7 +83,8 @@ def save_model(model: Recommender, family: str, folder: Path) -> None:
     if not isinstance(model.items, CachedItems):
         _save(model.items.full_state(), folder / ITEM)
     if isinstance(model.items, TextItems):
-        shape |= {"item": _plain(model.items.decoder.config), "whiten": model.items.whiten}
+        shape["item"] = _plain(model.items.decoder.config)
+        shape |= {"whiten": model.items.whiten, "item_vector": model.items.vector}
     _save({**model.user.state_dict(), "log_scale": model.log_scale.detach()}, folder / USER)
     write_atomically(folder / SHAPE, json.dumps(shape, indent=1, sort_keys=True).encode())
 
@@ -100,7 +100,7 @@ def load_item_model(folder: Path, prepared: Prepared) -> TextItems | IdItems:
     items: TextItems | IdItems
     if shape["family"] == "hllm":
         decoder = decoder_from_config({**shape["item"], "vocab_size": weights["words"].shape[0]})
-        items = TextItems(decoder, shape["whiten"])
+        items = TextItems(decoder, shape["whiten"], shape["item_vector"])
         items.attach(prepared.token_ids, prepared.token_offsets)
     else:
         items = IdItems(*weights["table"].shape)

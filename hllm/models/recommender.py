@@ -32,6 +32,9 @@ class Batch:
     negatives_N: npt.NDArray[np.int64]
     own_SN: npt.NDArray[np.bool_]
     """Whether a negative is among the window's user's own training items."""
+    target_texts_T: npt.NDArray[np.int64]
+    negative_texts_N: npt.NDArray[np.int64]
+    """Numbers of the items' texts: equal where two items read the same."""
 
 
 class Recommender(nn.Module):
@@ -43,12 +46,10 @@ class Recommender(nn.Module):
         items: TextItems | IdItems | CachedItems,
         user: DecoderUser | SASRecUser,
         temperature: float,
-        false_negative_cosine: float,
     ) -> None:
         super().__init__()
         self.items, self.user = items, user
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
-        self.false_negative_cosine = false_negative_cosine
 
     def item_vectors(self, items_K: npt.NDArray[np.integer]) -> Tensor:
         """(K,) item indices -> (K, D), unit length."""
@@ -74,31 +75,34 @@ class Recommender(nn.Module):
         )
         device = vectors_KD.device
         outputs_TD = self.user_vectors(vectors_KD[torch.from_numpy(history).to(device)], batch.packing)
-        own_TN = torch.from_numpy(batch.own_SN).to(device)[
-            torch.from_numpy(batch.packing.sequence_T).to(device)
-        ]
         return info_nce(
             outputs_TD,
             vectors_KD[torch.from_numpy(target).to(device)],
             vectors_KD[torch.from_numpy(negative).to(device)],
-            own_TN,
+            no_negatives(batch, device),
             self.scale,
-            self.false_negative_cosine,
         )
+
+
+def no_negatives(batch: Batch, device: torch.device) -> Tensor:
+    """(T, N): the user's own items, and items that read exactly as the target does."""
+    own_TN = torch.from_numpy(batch.own_SN).to(device)[torch.from_numpy(batch.packing.sequence_T).to(device)]
+    targets_T = torch.from_numpy(batch.target_texts_T).to(device)
+    negatives_N = torch.from_numpy(batch.negative_texts_N).to(device)
+    return own_TN | (targets_T[:, None] == negatives_N[None, :])
 
 
 def info_nce(
     outputs_TD: Tensor,
     targets_TD: Tensor,
     negatives_ND: Tensor,
-    own_TN: Tensor,
+    excluded_TN: Tensor,
     scale: Tensor,
-    false_negative_cosine: float,
 ) -> Tensor:
-    """L_gen of the HLLM paper with a learned temperature, mean over T.
+    """L_gen of the HLLM paper with a learned temperature, mean over T; `excluded_TN` are no negatives.
 
-    A negative does not count where it is one of the user's own items (`own_TN`), or where its cosine to the
-    target exceeds `false_negative_cosine` (a twin of the target under another id).
+    False negatives are known by their text. The paper's code masks by the cosine to the target instead, which
+    the model can exploit: item vectors that collapse above the limit mask each other, and the loss falls.
     """
     with torch.autocast(
         outputs_TD.device.type, enabled=False
@@ -106,7 +110,5 @@ def info_nce(
         outputs_TD, targets_TD, negatives_ND = outputs_TD.float(), targets_TD.float(), negatives_ND.float()
         positive_T = (outputs_TD * targets_TD).sum(-1) * scale
         negative_TN = outputs_TD @ negatives_ND.T * scale
-        with torch.no_grad():
-            excluded_TN = own_TN | (targets_TD @ negatives_ND.T > false_negative_cosine)
         negative_TN = negative_TN.masked_fill(excluded_TN, EXCLUDED)
         return F.softplus(negative_TN.logsumexp(-1) - positive_T).mean()

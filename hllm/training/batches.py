@@ -37,6 +37,7 @@ class Batches:
             np.arange(prepared.users), np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts)
         )
         self.own_keys = np.unique(owner * prepared.items + self.event_items[trained])
+        self.text_I = numbered_texts(prepared)
 
     @property
     def windows(self) -> int:
@@ -54,13 +55,15 @@ class Batches:
         chosen = chosen[np.argsort(lengths, kind="stable")]
         lengths = np.sort(lengths)
         positions = ragged(self.starts[chosen], lengths)
-        negatives_N = self._draw(step)
+        targets_T, negatives_N = self.event_items[positions + 1], self._draw(step)
         return Batch(
             packing=Packing(lengths),
             history_T=self.event_items[positions],
-            targets_T=self.event_items[positions + 1],
+            targets_T=targets_T,
             negatives_N=negatives_N,
             own_SN=self._own(self.users[chosen], negatives_N),
+            target_texts_T=self.text_I[targets_T],
+            negative_texts_N=self.text_I[negatives_N],
         )
 
     def _draw(self, step: int) -> npt.NDArray[np.int64]:
@@ -77,3 +80,17 @@ class Batches:
         keys_SN = users_S[:, None] * self.items + negatives_N[None, :]
         places = np.minimum(np.searchsorted(self.own_keys, keys_SN), len(self.own_keys) - 1)
         return self.own_keys[places] == keys_SN
+
+
+def numbered_texts(prepared: Prepared) -> npt.NDArray[np.int64]:
+    """(I,) the first item that reads exactly as this one does, prompt and truncation included."""
+    tokens, offsets = np.asarray(prepared.token_ids), np.asarray(prepared.token_offsets)
+    first: dict[bytes, int] = {}
+    return np.fromiter(
+        (
+            first.setdefault(tokens[offsets[item] : offsets[item + 1]].tobytes(), item)
+            for item in range(prepared.items)
+        ),
+        np.int64,
+        prepared.items,
+    )

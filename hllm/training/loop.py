@@ -40,27 +40,34 @@ def total_steps(stage: Stage, batches: Batches) -> int:
     return stage.steps or max(1, round(stage.epochs * batches.steps_per_epoch))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices inside layers only: not on norms, biases, scalars, nor on embeddings."""
+def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
+    """Groups by weight decay and peak learning rate (`peak_lr`).
+
+    Weight decay is for matrices inside layers only: not for norms, biases, scalars, nor embeddings. The item
+    side and its word embeddings may have learning rates of their own.
+    """
     spared = ("words", "item_token", "projection", "table", "positions")
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    item_lr = stage.item_lr or stage.lr
+    peaks = {"items.words": stage.words_lr or item_lr, "items": item_lr}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        (decayed if parameter.ndim > 1 and name.rpartition(".")[2] not in spared else others).append(
-            parameter
-        )
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and name.rpartition(".")[2] not in spared
+            peak = peaks.get(name, peaks.get(name.partition(".")[0], stage.lr))
+            groups.setdefault((stage.weight_decay if decays else 0.0, peak), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "peak_lr": peak}
+        for (decay, peak), parameters in groups.items()
+    ]
 
 
-def learning_rate(step: int, steps: int, stage: Stage) -> float:
-    """Linear warm-up, then a cosine down to a tenth of the peak."""
-    warm = max(1, round(stage.warmup * steps))
+def share_of_peak(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak learning rate."""
+    warm = max(1, round(warmup * steps))
     if step < warm:
-        return stage.lr * (step + 1) / warm
+        return (step + 1) / warm
     along = (step - warm) / max(1, steps - warm)
-    return stage.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2
 
 
 def _score(model: Recommender, validate: Callable[[Recommender], float]) -> float:
@@ -110,9 +117,7 @@ def fit(
             remedy="Look at prepare's output: split, k_core, quarantine.",
         )
     steps = total_steps(stage, batches)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, stage.weight_decay), lr=stage.lr, betas=(0.9, 0.98), fused=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.lr, betas=(0.9, 0.98), fused=True)
     state: dict[str, Any] = {
         "first_loss": math.nan,
         "loss": math.nan,
@@ -135,8 +140,9 @@ def fit(
     with Progress(what, steps, "step", start=state["step"]) as progress:
         for step in range(state["step"], steps):
             torch.manual_seed(seed * 1_000_003 + step)
+            share = share_of_peak(step, steps, stage.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, stage)
+                group["lr"] = group["peak_lr"] * share
             with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(stage.precision)):
                 loss = model.loss(batches[step])
             state["loss"] = float(loss.detach())
@@ -161,7 +167,7 @@ def fit(
                 log(
                     {
                         "loss": state["loss"],
-                        "lr": optimizer.param_groups[0]["lr"],
+                        "lr": stage.lr * share,
                         "temperature": 1 / float(model.scale.detach()),
                         "gradient_norm": float(norm),
                     },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -25,28 +27,46 @@ OFFSETS = np.concatenate([[0], np.cumsum([len(text) for text in TEXTS])]).astype
 TOKENS = np.frombuffer(b"".join(TEXTS), np.uint8).astype(np.int32)
 
 
-def text_items(trim: bool = False) -> TextItems:
+def text_items(trim: bool = False, vector: str = "item_token") -> TextItems:
     torch.manual_seed(1)
-    items = TextItems(build_decoder(Decoder(width=32, layers=2, heads=2), 256))
+    items = TextItems(build_decoder(Decoder(width=32, layers=2, heads=2), 256), vector=vector)
+    if vector == "item_token":
+        torch.nn.init.normal_(items.item_token)
     items.attach(TOKENS, OFFSETS, trim=trim)
     return items.eval()
 
 
-ITEMS = text_items()
+ITEMS = {vector: text_items(vector=vector) for vector in ("item_token", "mean")}
 
 
+@pytest.mark.parametrize("vector", ["item_token", "mean"])
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=7, unique=True))
-def test_a_vector_is_the_same_alone_and_in_any_company(chosen: list[int]):
+@given(chosen=st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=7, unique=True))
+def test_a_vector_is_the_same_alone_and_in_any_company(vector: str, chosen: list[int]):
     with torch.no_grad():
-        together = ITEMS(np.array(chosen))
-        alone = torch.cat([ITEMS(np.array([item])) for item in chosen])
+        together = ITEMS[vector](np.array(chosen))
+        alone = torch.cat([ITEMS[vector](np.array([item])) for item in chosen])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_the_mean_is_what_transformers_computes_text_by_text():
+    items = text_items(vector="mean")
+    config = copy.deepcopy(items.decoder.config)
+    config._attn_implementation = "eager"
+    plain = type(items.decoder)(config).eval()
+    plain.load_state_dict({**items.decoder.state_dict(), "embed_tokens.weight": items.words.detach()})
+    with torch.no_grad():
+        expected = [
+            plain(input_ids=torch.tensor([list(text)])).last_hidden_state[0].mean(0) for text in TEXTS
+        ]
+        torch.testing.assert_close(
+            items.hidden(np.arange(len(TEXTS))), torch.stack(expected), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_vectors_have_unit_length_and_equal_texts_equal_vectors():
     with torch.no_grad():
-        vectors = ITEMS(np.arange(len(TEXTS)))
+        vectors = ITEMS["item_token"](np.arange(len(TEXTS)))
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(TEXTS)))
     torch.testing.assert_close(vectors[5], vectors[6])
     assert (vectors[0] - vectors[1]).abs().max() > 1e-3
@@ -68,6 +88,7 @@ def test_trimming_the_vocabulary_changes_neither_vectors_nor_what_is_saved():
 
 def test_the_item_token_and_the_words_learn():
     items = text_items(trim=True)
+    torch.nn.init.zeros_(items.item_token)
     items(np.arange(7))[:, 0].sum().backward()
     assert items.item_token.grad is not None
     assert items.item_token.grad.abs().sum() > 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hllm.models.items import IdItems
 from hllm.models.packing import Packing
-from hllm.models.recommender import Batch, Recommender, info_nce
+from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
 from hllm.models.users import SASRecUser
 
 
@@ -19,44 +19,45 @@ def vectors(*shape: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def loss_by_hand(outputs, targets, negatives, own, scale, limit):
+def loss_by_hand(outputs, targets, negatives, excluded, scale):
     losses = []
     for t in range(len(outputs)):
         positive = math.exp(scale * float(outputs[t] @ targets[t]))
         total = positive
         for n in range(len(negatives)):
-            if not own[t, n] and float(targets[t] @ negatives[n]) <= limit:
+            if not excluded[t, n]:
                 total += math.exp(scale * float(outputs[t] @ negatives[n]))
         losses.append(-math.log(positive / total))
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("limit", [0.99, 0.2])
-def test_info_nce_is_the_papers_formula(limit: float):
+def test_info_nce_is_the_papers_formula():
     outputs, targets, negatives = vectors(6, 8, seed=1), vectors(6, 8, seed=2), vectors(5, 8, seed=3)
-    own = torch.tensor(np.random.default_rng(0).random((6, 5)) < 0.3)
-    found = info_nce(outputs, targets, negatives, own, torch.tensor(10.0), limit)
-    assert float(found) == pytest.approx(
-        loss_by_hand(outputs, targets, negatives, own, 10.0, limit), rel=1e-5
-    )
+    excluded = torch.tensor(np.random.default_rng(0).random((6, 5)) < 0.3)
+    found = info_nce(outputs, targets, negatives, excluded, torch.tensor(10.0))
+    assert float(found) == pytest.approx(loss_by_hand(outputs, targets, negatives, excluded, 10.0), rel=1e-5)
 
 
-def test_a_twin_of_the_target_is_no_negative():
-    outputs, targets = vectors(3, 8, seed=1), vectors(3, 8, seed=2)
-    with_twin = info_nce(
-        outputs,
-        targets,
-        torch.cat([targets, vectors(2, 8, seed=5)]),
-        torch.zeros(3, 5, dtype=torch.bool),
-        torch.tensor(5.0),
-        0.99,
+def test_own_items_and_twins_of_the_target_are_no_negatives():
+    own_SN = np.array([[True, False, False], [False, False, False]])
+    batch = Batch(
+        Packing(np.array([1, 2])),
+        np.array([0, 1, 2]),
+        np.array([1, 2, 3]),
+        np.array([4, 5, 6]),
+        own_SN,
+        target_texts_T=np.array([1, 2, 3]),
+        negative_texts_N=np.array([4, 2, 3]),
     )
-    own = torch.zeros(3, 5, dtype=torch.bool)
-    own[:, :3] = torch.eye(3, dtype=torch.bool)
-    said = info_nce(
-        outputs, targets, torch.cat([targets, vectors(2, 8, seed=5)]), own, torch.tensor(5.0), 2.0
-    )
-    assert float(with_twin) == pytest.approx(float(said))
+    expected = [[True, False, False], [False, True, False], [False, False, True]]
+    assert no_negatives(batch, torch.device("cpu")).tolist() == expected
+
+
+def test_collapsed_item_vectors_are_no_way_to_a_small_loss():
+    """A mask by the cosine of two vectors would drop every negative here."""
+    same = vectors(1, 8, seed=1).expand(4, -1)
+    loss = info_nce(same, same, same, torch.zeros(4, 4, dtype=torch.bool), torch.tensor(20.0))
+    assert float(loss) == pytest.approx(math.log(5))
 
 
 def test_a_row_without_any_negative_has_a_finite_gradient():
@@ -67,7 +68,6 @@ def test_a_row_without_any_negative_has_a_finite_gradient():
         vectors(3, 4, seed=3),
         torch.ones(2, 3, dtype=torch.bool),
         torch.tensor(5.0),
-        0.99,
     )
     loss.backward()
     assert float(loss.detach()) == 0.0
@@ -76,7 +76,7 @@ def test_a_row_without_any_negative_has_a_finite_gradient():
 
 
 def test_temperature_starts_where_the_setting_says_and_is_clamped():
-    model = Recommender(IdItems(4, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07, 0.99)
+    model = Recommender(IdItems(4, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07)
     assert float(model.scale) == pytest.approx(1 / 0.07)
     for far, edge in ((9.0, 100.0), (-9.0, 1.0)):
         model.log_scale.data.fill_(far)
@@ -91,13 +91,15 @@ def test_every_distinct_item_is_encoded_once():
             encoded.append(items_K)
             return super().forward(items_K)
 
-    model = Recommender(Counting(9, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07, 0.99)
+    model = Recommender(Counting(9, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07)
     batch = Batch(
         Packing(np.array([2, 3])),
         np.array([1, 1, 2, 1, 2]),
         np.array([1, 2, 1, 2, 3]),
         np.array([3, 7]),
         np.zeros((2, 2), bool),
+        np.array([1, 2, 1, 2, 3]),
+        np.array([3, 7]),
     )
     model.loss(batch).backward()
     assert [sorted(items) for items in encoded] == [[1, 2, 3, 7]]

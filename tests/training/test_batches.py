@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hllm.data.prepared import Prepared
-from hllm.training.batches import Batches
+from hllm.training.batches import Batches, numbered_texts
 from tests.training.world import prepared_of
 
 
@@ -69,3 +70,12 @@ def test_batches_depend_on_seed_and_step_alone(prepared: Prepared):
 def test_negatives_are_distinct_and_at_most_the_catalogue(prepared: Prepared):
     assert sorted(Batches(prepared, 4, 3, 10_000, seed=1)[0].negatives_N) == list(range(30))
     assert len(set(Batches(prepared, 4, 3, 20, seed=1)[3].negatives_N.tolist())) == 20
+
+
+def test_items_that_read_the_same_share_a_number(tmp_path: Path):
+    prepared = prepared_of(tmp_path, [9], items=12)
+    tokens = np.array(prepared.token_ids).reshape(12, 4)
+    tokens[7], tokens[11] = tokens[2], tokens[2]
+    tokens[5] = np.roll(tokens[2], 1)  # the same words in another order are another text
+    twins = dataclasses.replace(prepared, token_ids=tokens.reshape(-1))
+    assert numbered_texts(twins).tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 8, 9, 10, 2]

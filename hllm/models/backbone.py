@@ -104,19 +104,23 @@ def build_decoder(settings: Decoder, vocabulary: int) -> Any:
     import torch
     from transformers import AutoModel
 
-    from hllm.models.packing import ATTENTION
+    from hllm.models.packing import packed_attention
 
     if not settings.backbone:
-        return AutoModel.from_config(random_config(settings, vocabulary), attn_implementation=ATTENTION)
+        return AutoModel.from_config(
+            random_config(settings, vocabulary), attn_implementation=packed_attention()
+        )
     source = find(settings.backbone)
     if not settings.pretrained:
         config = shape_of(source)
         config.num_hidden_layers = _layers(settings, config)
-        return AutoModel.from_config(_cut(config), attn_implementation=ATTENTION, dtype=torch.float32)
+        return AutoModel.from_config(
+            _cut(config), attn_implementation=packed_attention(), dtype=torch.float32
+        )
     whole = load_whole(source)
     config = type(whole.config).from_dict(whole.config.to_dict())
     config.num_hidden_layers = _layers(settings, config)
-    decoder = AutoModel.from_config(_cut(config), attn_implementation=ATTENTION, dtype=torch.float32)
+    decoder = AutoModel.from_config(_cut(config), attn_implementation=packed_attention(), dtype=torch.float32)
     wanted = decoder.state_dict()
     weights = {name: value for name, value in whole.state_dict().items() if name in wanted}
     missing = wanted.keys() - weights.keys()
@@ -167,11 +171,11 @@ def decoder_from_config(config: dict[str, Any]) -> Any:
     """The empty shell of a saved decoder, to be filled with saved weights."""
     from transformers import AutoConfig, AutoModel
 
-    from hllm.models.packing import ATTENTION
+    from hllm.models.packing import packed_attention
 
     values = {name: value for name, value in config.items() if not name.endswith("_token_id")}
     shell = _cut(AutoConfig.for_model(values.pop("model_type"), **values))
-    return AutoModel.from_config(shell, attn_implementation=ATTENTION)
+    return AutoModel.from_config(shell, attn_implementation=packed_attention())
 
 
 def _layers(settings: Decoder, config: Any) -> int:

@@ -18,9 +18,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
-
-ATTENTION = "hllm_packed"
 
 # T tokens of all sequences, S sequences, H heads, E width of a head
 
@@ -124,7 +121,12 @@ def attend_within_sequences(
     return out_HTE.transpose(0, 1).unsqueeze(0), None
 
 
-AttentionInterface.register(ATTENTION, attend_within_sequences)
+def packed_attention() -> str:
+    """The name under which `transformers` knows `attend_within_sequences`, for `attn_implementation`."""
+    from transformers import AttentionInterface  # takes seconds, and ID-based families need none of it
+
+    AttentionInterface.register("hllm_packed", attend_within_sequences)
+    return "hllm_packed"
 
 
 def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
-from hllm.models.packing import ATTENTION, Packing, ragged, run_packed, run_packed_to_last
+from hllm.models.packing import Packing, packed_attention, ragged, run_packed, run_packed_to_last
 
 SHAPE = {
     "vocab_size": 50,
@@ -28,7 +28,7 @@ LENGTHS = np.array([1, 1, 2, 5, 5, 5, 9])
 def pair(request):
     """The same weights with packed attention and with transformers' own."""
     torch.manual_seed(0)
-    packed = AutoModel.from_config(deepcopy(request.param), attn_implementation=ATTENTION).eval()
+    packed = AutoModel.from_config(deepcopy(request.param), attn_implementation=packed_attention()).eval()
     plain = AutoModel.from_config(deepcopy(request.param), attn_implementation="eager").eval()
     plain.load_state_dict(packed.state_dict())
     return packed, plain

@@ -1,12 +1,12 @@
-"""Pretrained weights are really loaded and worth something: SmolLM2's first layers beside a random start.
+"""Are pretrained weights loaded, and what are they worth? SmolLM2's first layers beside a random start.
 
     python benchmarks/pretrained.py [--prepared FOLDER] [--steps 60]
 
-The demo's settings on MovieLens-100K, twice, with nothing different but `pretrained`: the loss on the very
-same first batch, and NDCG@10 on the validation events (whole catalogue, history left out) before training
-and after a few steps of stage 1. A difference counts when its interval, from
-resampled users, leaves out 0: the random start is the same in everything else, also in the whitening.
-Without --prepared the steps ingest, validate and prepare run first.
+The demo's settings on MovieLens-100K, twice, with nothing different but `model.item_llm.pretrained` (the
+whitening is of each start's own vectors): the loss on the very same first batch, and NDCG@10 on the
+validation events (whole catalogue, history left out) before training and after a few steps of stage 1. A
+difference counts when its interval, from resampled users, leaves out 0. Without --prepared the steps ingest,
+validate and prepare run first.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from measure import Figures, arguments, machine, print_table
 from hllm import settings as settings_module
 from hllm.artifacts import Store
 from hllm.data.prepared import Prepared
-from hllm.embedding.users import held_out_user_vectors
 from hllm.evaluation.metrics import compare_ranks, gains
-from hllm.evaluation.ranking import HeldOut, rank_by_vectors
 from hllm.models.load import new_model
 from hllm.models.recommender import Recommender
 from hllm.settings import Settings
 from hllm.steps import keys
 from hllm.training.batches import Batches
 from hllm.training.loop import fit
-from hllm.training.train import catalogue_vectors
+from hllm.training.train import validation_ranks
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.toml"
 STARTS = {"pretrained": "true", "random": "false"}
@@ -56,7 +54,6 @@ def main() -> None:
         for start in STARTS:
             (Path(name) / start).mkdir()
             runs[start] = run(settings_of(Path(name), start), prepared, steps, Path(name) / start)
-    held_out = HeldOut.of(prepared, "valid")
     print_table(
         [
             (
@@ -74,12 +71,12 @@ def main() -> None:
         "different",
         abs(ours.first_loss - random.first_loss) > 0.01,
     )
-    compared = compare_ranks(ours.after_R, random.after_R, held_out.users_R, [10], 1000, 0.95, seed=1)
+    compared = compare_ranks(ours.after_R, random.after_R, ours.users_R, [10], 1000, 0.95, seed=1)
     difference = compared["ndcg@10"]["difference"]
     assert difference is not None
     low, high = difference["low"], difference["high"]
     figures.claim(
-        f"NDCG@10 after {steps} steps, pretrained less random, {len(held_out):,} events",
+        f"NDCG@10 after {steps} steps, pretrained less random, {len(ours.users_R):,} events",
         f"{difference['value']:+.4f} (95 % of resamples: {low:+.4f} to {high:+.4f})",
         "above 0",
         low > 0,
@@ -88,8 +85,7 @@ def main() -> None:
 
 
 def settings_of(folder: Path, start: str = "pretrained") -> Settings:
-    random = [f"model.{tower}.pretrained={STARTS[start]}" for tower in ("item_llm", "user_llm")]
-    return settings_module.load(CONFIG, [*overrides(folder), *random])
+    return settings_module.load(CONFIG, [*overrides(folder), f"model.item_llm.pretrained={STARTS[start]}"])
 
 
 def overrides(folder: Path) -> list[str]:
@@ -112,11 +108,13 @@ def prepare(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """The first loss, and the ranks of the held-out items as the weights come and after training."""
+    """The first loss; the ranks of the held-out items as the weights come and after training; whose they
+    are."""
 
     first_loss: float
     before_R: np.ndarray
     after_R: np.ndarray
+    users_R: np.ndarray
 
 
 def run(settings: Settings, prepared: Prepared, steps: int, work: Path) -> Run:
@@ -125,7 +123,7 @@ def run(settings: Settings, prepared: Prepared, steps: int, work: Path) -> Run:
     batches = Batches(
         prepared, stage.history_length, stage.batch_size, stage.negatives, settings.run.seed + 1
     )
-    before_R = ranks(model, prepared, settings)
+    before_R, users_R = ranks(model, prepared, settings)
     trained = fit(
         model,
         batches,
@@ -135,18 +133,15 @@ def run(settings: Settings, prepared: Prepared, steps: int, work: Path) -> Run:
         stopping=threading.Event(),
         log=lambda values, at: None,
     )
-    return Run(trained.first_loss, before_R, ranks(model, prepared, settings))
+    after_R, _ = ranks(model, prepared, settings)
+    return Run(trained.first_loss, before_R, after_R, users_R)
 
 
-def ranks(model: Recommender, prepared: Prepared, settings: Settings) -> np.ndarray:
-    """Where each validation event's item stands in the whole catalogue, the user's history left out."""
+def ranks(model: Recommender, prepared: Prepared, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the validation events, and whose they are."""
     model.eval()
-    held_out, embed = HeldOut.of(prepared, "valid"), settings.embed
-    vectors_ID = catalogue_vectors(model, prepared, embed.tokens_per_batch)
-    users_RD = held_out_user_vectors(
-        model.user, vectors_ID, prepared, held_out.users_R, held_out.positions_R, embed.max_history, 256
-    )
-    return np.asarray(rank_by_vectors(users_RD, vectors_ID, held_out, "validation").filtered_R)
+    with torch.no_grad():
+        return validation_ranks(model, prepared, settings.embed.max_history, settings.embed.tokens_per_batch)
 
 
 def ndcg(ranks_R: np.ndarray) -> float:

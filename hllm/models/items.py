@@ -38,8 +38,7 @@ class TextItems(nn.Module):
         self.width = words.shape[1]
         self.vector = vector
         if vector == "item_token":
-            # Zero asks for nothing in particular: attention starts as the mean over the text, where a
-            # pretrained first layer given an ordinary vector looks at the last word or two.
+            # Zero makes a query of zero (without biases): the first layer attends evenly to the text.
             self.item_token = nn.Parameter(torch.zeros_like(words[0]))
         if whiten:
             self.centre = nn.Parameter(torch.zeros(self.width))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hllm.data.prepared import Prepared
@@ -71,7 +72,19 @@ def train(context: Context) -> None:
 
 
 def validation_ndcg(model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int) -> float:
-    """NDCG@10 of the validation events over the whole catalogue, the user's history left out."""
+    """NDCG@10 of the validation events."""
+    from hllm.evaluation.metrics import gains
+
+    ranks_R, _ = validation_ranks(model, prepared, max_history, tokens_per_batch)
+    _, ndcg = gains(ranks_R, [10]).mean(axis=0)
+    return float(ndcg)
+
+
+def validation_ranks(
+    model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(R,) where each validation event's item stands in the whole catalogue, the user's history left out, and
+    (R,) whose event it is."""
     from hllm.evaluation.ranking import HeldOut, rank_by_vectors
 
     held_out = HeldOut.of(prepared, "valid")
@@ -88,8 +101,7 @@ def validation_ndcg(model: Recommender, prepared: Prepared, max_history: int, to
         model.user, vectors_ID, prepared, held_out.users_R, held_out.positions_R, max_history, 256
     )
     ranks = rank_by_vectors(users_RD, vectors_ID, held_out, "validation")
-    filtered = np.asarray(ranks.filtered_R)
-    return float(np.where(filtered <= 10, 1 / np.log2(filtered + 1), 0.0).mean())
+    return np.asarray(ranks.filtered_R), np.asarray(held_out.users_R)
 
 
 def catalogue_vectors(model: Recommender, prepared: Prepared, tokens_per_batch: int) -> np.ndarray:

@@ -148,7 +148,7 @@ def steps(prepared: Prepared, size: Size, wanted: list[str]) -> dict[str, Callab
             loss = model.loss(batch)  # type: ignore[operator]
             loss.backward()
             first = next(
-                value for name, value in model.named_parameters() if "layers.0.self_attn.q_proj" in name
+                value for name, value in model.named_parameters() if "layers.0.self_attn.v_proj" in name
             )
             assert first.grad is not None
             return float(loss.detach()), float(first.grad.norm())

@@ -41,8 +41,12 @@ class Manifest:
     facts: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def content(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
     def write(self, folder: Path) -> None:
-        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1, sort_keys=True).encode())
+        write_atomically(folder / MANIFEST, self.content)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -154,9 +158,9 @@ class Store:
                 ]
                 for done in sent:
                     done.result()
+            write_object(f"{location}/{MANIFEST}", manifest.content, client)
+        # Here at the very last: a local manifest says "done" to the next run, which would not send anything.
         manifest.write(folder)
-        if self.remote:
-            upload(folder / MANIFEST, f"{location}/{MANIFEST}")
 
     def finished(self, step: str) -> list[Manifest]:
         """Every finished output of a step, oldest first."""
@@ -259,6 +263,13 @@ def upload(path: Path, location: str, client: Any = None) -> None:
     bucket, key = split_s3(location)
     with s3_errors(location):
         (client or s3_client()).upload_file(str(path), bucket, key)
+
+
+def write_object(location: str, content: bytes, client: Any = None) -> None:
+    """One small object, whole or not at all."""
+    bucket, key = split_s3(location)
+    with s3_errors(location):
+        (client or s3_client()).put_object(Bucket=bucket, Key=key, Body=content)
 
 
 def download(location: str, path: Path, client: Any = None) -> Path:

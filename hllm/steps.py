@@ -128,7 +128,7 @@ def steps(settings: Settings) -> dict[str, Step]:
                         ("embed", "--family", family, "--stage", "1"),
                         f"{family}: every item encoded once",
                         ("prepare", train_name(family, 1)),
-                        (),
+                        ("embed.shard_items",),
                         "hllm.embedding.items:embed_items",
                     )
                 )
@@ -141,7 +141,7 @@ def steps(settings: Settings) -> dict[str, Step]:
             ("embed", "--family", main, "--stage", "3"),
             f"{main}: frozen; every item and user exported",
             tuple(dict.fromkeys(("prepare", train_name(main, 1), embed_name(main, 1), last))),
-            ("embed.max_history",),
+            ("embed.max_history", "embed.shard_users"),
             "hllm.embedding.export:export",
         )
     )
@@ -161,6 +161,7 @@ def steps(settings: Settings) -> dict[str, Step]:
 def keys(settings: Settings) -> dict[str, str]:
     """The output key of every step, computed without running anything."""
     from hllm.data.readers import source_fingerprints
+    from hllm.models.backbone import fingerprint
 
     found: dict[str, str] = {}
     for step in steps(settings).values():
@@ -171,6 +172,11 @@ def keys(settings: Settings) -> dict[str, str]:
                 "settings": settings_of(step, settings),
                 "needs": [found[need] for need in step.needs],
                 "source": source_fingerprints(settings.data) if step.name == "ingest" else None,
+                "backbones": [
+                    fingerprint(settings.at(f"model.{tower}.backbone"))
+                    for tower in ("item_llm", "user_llm")
+                    if any(dotted.startswith(f"model.{tower}") for dotted in step.decides)
+                ],
             }
         )
     return found

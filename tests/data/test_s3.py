@@ -59,6 +59,25 @@ def test_outputs_in_s3_reach_another_machine(
     assert [found.key for found in there.finished("validate")] == [keys(settings)["validate"]]
 
 
+def test_an_output_whose_upload_failed_is_not_done(
+    s3: S3, tiny_settings: TinySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither here nor elsewhere: the same command sends what is missing."""
+    settings = tiny_settings(**{"run.root": s3.bucket("failed-uploads")})
+    store, key = Store(settings.run.root), keys(settings)["ingest"]
+
+    def broken(*_: object) -> None:
+        raise InfraError("connection reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hllm.artifacts.write_object", broken)
+        with pytest.raises(InfraError, match="connection reset"):
+            run_steps(settings, "ingest")
+    assert store.manifest("ingest", key) is None
+    run_steps(settings, "ingest")
+    assert [found.key for found in store.finished("ingest")] == [key]
+
+
 def test_a_damaged_object_is_refused(
     s3: S3, tiny_settings: TinySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

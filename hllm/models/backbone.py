@@ -7,6 +7,7 @@ A decoder here is the bare stack of layers: no language-model head is ever built
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hllm.errors import ConfigError
 from hllm.settings import Decoder
 
 PACKAGE = "package:"
+BLOCKS, BLOCK = 16, 1 << 16
 FORMS = "A backbone is a local folder, a reachable hub name, a .gguf file, or package:NAME/FILE."
 
 
@@ -31,6 +33,13 @@ class Source:
     @property
     def arguments(self) -> dict[str, Any]:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def files(self) -> list[Path]:
+        """The backbone's files where it is a local file or folder; nothing for a hub name."""
+        if self.gguf_file:
+            return [Path(self.name) / self.gguf_file]
+        return sorted(path for path in Path(self.name).glob("*") if path.is_file())
 
 
 def find(backbone: str) -> Source:
@@ -64,6 +73,22 @@ def find(backbone: str) -> Source:
             )
         return Source(str(path.parent), path.name)
     return Source(backbone)
+
+
+def fingerprint(backbone: str) -> str:
+    """What a backbone is known by, so that other weights under the same name are other weights: every local
+    file's name, size and sixteen blocks of its content. A hub name is known by its name alone."""
+    if not backbone:
+        return ""
+    digest = hashlib.sha256(backbone.encode())
+    for path in find(backbone).files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for part in range(BLOCKS):
+                file.seek(max(size - BLOCK, 0) * part // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
 
 
 class ByteTokenizer:
@@ -132,6 +157,13 @@ def build_decoder(settings: Decoder, vocabulary: int) -> Any:
     return decoder
 
 
+def word_vectors(decoder: Any) -> Any:
+    """(V, D) the word embeddings as the decoder's first layer receives them: some families (Gemma) scale
+    them on the way, which a decoder fed with vectors does not do."""
+    embeddings = decoder.get_input_embeddings()
+    return embeddings.weight.detach() * getattr(embeddings, "embed_scale", 1.0)
+
+
 @cache
 def load_whole(source: Source) -> Any:
     """The backbone with all layers, loaded once per process (both towers usually share it)."""
@@ -139,7 +171,13 @@ def load_whole(source: Source) -> Any:
     from transformers import AutoModel
 
     with _plain_errors(source), _quiet():
-        return AutoModel.from_pretrained(source.name, dtype=torch.float32, **source.arguments)
+        return AutoModel.from_pretrained(
+            source.name,
+            dtype=torch.float32,
+            # Left to itself, transformers falls back on pickles.
+            use_safetensors=None if source.gguf_file else True,
+            **source.arguments,
+        )
 
 
 def shape_of(source: Source) -> Any:
@@ -190,6 +228,12 @@ def _layers(settings: Decoder, config: Any) -> int:
 def _cut(config: Any) -> Any:
     """A configuration without quantisation (weights are plain) and with per-layer lists as long as the
     stack."""
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ConfigError(
+            f"{config.model_type} caps its attention logits softly, which packed attention does not do",
+            where="backbone",
+            remedy="Choose another backbone: Llama, Mistral, Qwen 2 and 3, Gemma 3 and SmolLM2 are tested.",
+        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if getattr(config, "layer_types", None):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hllm.models.backbone import word_vectors
 from hllm.models.packing import Packing, ragged, run_packed, run_packed_to_last
 
 # K distinct items, T tokens, D vector width
@@ -31,7 +32,7 @@ class TextItems(nn.Module):
 
     def __init__(self, decoder: Any, whiten: bool = False, vector: str = "item_token") -> None:
         super().__init__()
-        words = decoder.get_input_embeddings().weight.detach()
+        words = word_vectors(decoder)
         decoder.set_input_embeddings(nn.Identity())
         self.decoder = decoder
         self.words = nn.Parameter(words.clone())

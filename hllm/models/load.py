@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hllm.artifacts import write_atomically
 from hllm.data.prepared import Prepared
-from hllm.errors import DataError
+from hllm.errors import ConfigError
 from hllm.models.backbone import build_decoder, decoder_from_config, load_whole
 from hllm.models.items import CachedItems, IdItems, TextItems
 from hllm.models.recommender import Recommender
@@ -44,7 +44,7 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         user = DecoderUser(build_decoder(model.user_llm, 256))
         load_whole.cache_clear()
         if items.width != user.width:
-            raise DataError(
+            raise ConfigError(
                 f"the Item LLM is {items.width} wide and the User LLM {user.width}",
                 where="model",
                 remedy="Choose backbones of equal width in model.item_llm and model.user_llm.",

@@ -75,9 +75,10 @@ def causal_attention(
     packing: Packing,
     scale: float | None,
     dropout: float = 0.0,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention within each sequence: (H, T, E) -> (H, T, E). Key and value may have fewer heads
-    (grouped queries)."""
+    (grouped queries). With a window, a position sees only so many positions, itself among them."""
     sizes = [count * length for count, length in packing.groups]
     parts = []
     for (count, length), query, key, value in zip(
@@ -90,11 +91,17 @@ def causal_attention(
         query, key, value = (
             part.unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)
         )
+        near_LL = None
+        if window is not None and length > window:
+            near_LL = (
+                torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+            )
         inside = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=near_LL,
+            is_causal=near_LL is None,
             scale=scale,
             dropout_p=dropout,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -112,12 +119,16 @@ def attend_within_sequences(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The attention implementation that `transformers` decoders call: (1, H, T, E) -> (1, T, H, E)."""
     if packing is None:
         raise ValueError("a packed decoder is called with packing=")
-    out_HTE = causal_attention(query[0], key[0], value[0], packing, scaling, dropout)
+    if softcap is not None:
+        raise ValueError("attention with a soft cap on its logits (Gemma 2) is not supported")
+    out_HTE = causal_attention(query[0], key[0], value[0], packing, scaling, dropout, sliding_window)
     return out_HTE.transpose(0, 1).unsqueeze(0), None
 
 
@@ -136,7 +147,8 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
     output projection and feed-forward. With the few layers of a small model that is nearly half of all work.
     """
     last_S = torch.from_numpy(packing.last_S).to(inputs_TD.device)
-    if decoder.config.model_type not in ("llama", "mistral"):
+    window = getattr(decoder.config, "sliding_window", None) or packing.tokens
+    if decoder.config.model_type not in ("llama", "mistral") or packing.groups[-1][1] > window:
         return run_packed(decoder, inputs_TD, packing)[last_S]
     positions = torch.from_numpy(packing.positions_T).to(inputs_TD.device).unsqueeze(0)
     cosine, sine = decoder.rotary_emb(inputs_TD.unsqueeze(0), position_ids=positions)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hllm.models.backbone import word_vectors
 from hllm.models.packing import Packing, causal_attention, run_packed
 
 # T events of all histories one after another, D vector width, H heads
@@ -22,7 +23,7 @@ class DecoderUser(nn.Module):
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
-        words = decoder.get_input_embeddings().weight.detach()
+        words = word_vectors(decoder)
         self.input_scale = nn.Parameter(words.norm(dim=1).mean())
         self.width = words.shape[1]
         decoder.set_input_embeddings(nn.Identity())

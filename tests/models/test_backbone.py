@@ -7,16 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from hllm.errors import ConfigError
 from hllm.models.backbone import (
     build_decoder,
     decoder_from_config,
     find,
+    fingerprint,
     load_whole,
     shape_of,
     tokenizer_for,
+    word_vectors,
 )
 from hllm.models.packing import Packing, run_packed
 from hllm.settings import Decoder
@@ -44,6 +53,45 @@ def test_a_file_inside_a_package_is_found():
     source = find(SMOLLM2)
     assert source.gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert (Path(source.name) / source.gguf_file).is_file()
+
+
+def test_other_weights_under_the_same_name_are_another_backbone(saved: Path):
+    before = fingerprint(str(saved))
+    assert fingerprint(str(saved)) == before
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert fingerprint(str(saved)) != before
+    assert fingerprint("some/name") != fingerprint("some/other-name")
+    assert fingerprint("") == ""
+
+
+def test_weights_are_never_unpickled(saved: Path):
+    torch.save(load_whole(find(str(saved))).state_dict(), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    load_whole.cache_clear()
+    with pytest.raises(ConfigError, match="transformers cannot load it"):
+        build_decoder(Decoder(backbone=str(saved)), 0)
+
+
+def test_words_reach_the_first_layer_as_they_do_in_the_whole_model():
+    """Gemma multiplies its word embeddings on the way in."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Gemma3TextModel(Gemma3TextConfig(vocab_size=20, num_key_value_heads=1, head_dim=8, **shape))
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        whole = model(input_ids=ids).last_hidden_state
+        fed = model(inputs_embeds=word_vectors(model)[ids]).last_hidden_state
+    torch.testing.assert_close(fed, whole)
+
+
+def test_a_backbone_that_would_be_computed_wrongly_is_refused(tmp_path: Path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Gemma2Config(vocab_size=20, num_key_value_heads=1, head_dim=8, **shape).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="caps its attention logits"):
+        build_decoder(Decoder(backbone=str(tmp_path), pretrained=False), 0)
 
 
 def test_folders_and_hub_names_are_left_to_transformers(tmp_path: Path):

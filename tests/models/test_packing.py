@@ -8,7 +8,14 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModel,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from hllm.models.packing import Packing, packed_attention, ragged, run_packed, run_packed_to_last
 
@@ -20,11 +27,25 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-CONFIGS = [LlamaConfig(**SHAPE), MistralConfig(**SHAPE, sliding_window=None), Qwen2Config(**SHAPE)]
+CONFIGS = [
+    LlamaConfig(**SHAPE),
+    MistralConfig(**SHAPE, sliding_window=None),
+    MistralConfig(**SHAPE, sliding_window=4),
+    Qwen2Config(**SHAPE),
+    Qwen3Config(**SHAPE, head_dim=8),
+    Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
+]
 LENGTHS = np.array([1, 1, 2, 5, 5, 5, 9])
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda config: config.model_type)
+@pytest.fixture(
+    params=CONFIGS,
+    ids=lambda config: (
+        f"{config.model_type}-{config.sliding_window}"
+        if hasattr(config, "sliding_window")
+        else config.model_type
+    ),
+)
 def pair(request):
     """The same weights with packed attention and with transformers' own."""
     torch.manual_seed(0)

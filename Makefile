@@ -13,7 +13,7 @@ setup: $(STAMP)  ## a virtual environment with every pinned package
 
 $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	@command -v $(PYTHON) >/dev/null || { echo "HLLM needs CPython 3.11 ($(PYTHON) not found; say make PYTHON=/path/to/python3.11)"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3.11 cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { echo "python3.11 cannot make virtual environments: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[airflow,test,bench,dev]'
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-data.txt
 	@touch $@

@@ -7,7 +7,7 @@ import pytest
 from hllm import settings
 from hllm.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
 
 @pytest.fixture

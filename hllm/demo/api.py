@@ -9,7 +9,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import quote
 
-from hllm.demo.services import Airflow
+from hllm.demo.services import DIRECT, Airflow
 from hllm.errors import ConfigError, InfraError
 
 PATIENCE_SECONDS = 30.0
@@ -125,7 +125,7 @@ class Api:
                 request.add_header("Authorization", f"Bearer {self._token}")
             data = json.dumps(body).encode() if body is not None else None
             try:
-                with urllib.request.urlopen(request, data, timeout=20) as answer:  # noqa: S310
+                with DIRECT.open(request, data, timeout=20) as answer:
                     text = answer.read()
                     return json.loads(text) if text else None
             except urllib.error.HTTPError as error:

@@ -65,7 +65,7 @@ def ui(settings: Settings, config: str, home: Path) -> None:
         airflow = _airflow(group, settings, config, home)
         mlflow = start_mlflow(group, settings)
         _say(f"Airflow    {airflow.url}   user admin, password {_password(airflow)}")
-        _say(f"MLflow     {mlflow}")
+        _say(f"MLflow     {mlflow}/#/models/{settings.mlflow.model_name}")
         _say("Ctrl-C stops both.")
         with contextlib.suppress(KeyboardInterrupt):
             while True:

@@ -119,10 +119,10 @@ def batch_of(prepared: Prepared, size: Size) -> Batch:
 
 def occurrences(batch: Batch) -> np.ndarray:
     """Every window's events and last target, then the negatives, as often as they occur."""
-    ends = batch.packing.last_S
+    ends = batch.history.packing.last_S
     windows = [
         np.append(part, batch.targets_T[end])
-        for part, end in zip(np.split(batch.history_T, ends[:-1] + 1), ends, strict=True)
+        for part, end in zip(np.split(batch.history.items_T, ends[:-1] + 1), ends, strict=True)
     ]
     return np.concatenate([*windows, batch.negatives_N])
 
@@ -176,7 +176,7 @@ class Naive(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         encode = self.encode_padded if self.padded else self.encode_packed
         vectors_KD = F.normalize(encode(occurrences(batch)), dim=-1)
-        lengths_S = torch.from_numpy(batch.packing.lengths_S)
+        lengths_S = torch.from_numpy(batch.history.packing.lengths_S)
         texts = int(lengths_S.sum()) + len(lengths_S)
         windows = vectors_KD[:texts].split((lengths_S + 1).tolist())
         inputs_SLD = nn.utils.rnn.pad_sequence([window[:-1] for window in windows], batch_first=True)

@@ -139,7 +139,18 @@ class Decoder(Section):
     """Attention heads of the random decoder when no backbone is named."""
 
 
-class SASRec(Section):
+class UserFeatures(Section):
+    time: Literal["", "year", "month", "day", "hour", "minute", "second"] = ""
+    """How exactly the User LLM is told when an event happened (UTC): the parts down to this one; empty: not at
+    all."""
+    time_width: int = Field(512, ge=1)
+    """Width of the embedding of each part of a time."""
+    item_id: bool = False
+    """Also tell the User LLM which item an event was, by a learned embedding of its own. Items that were not in
+    the training catalogue have none."""
+
+
+class IdModel(Section):
     width: int = Field(64, ge=2)
     """Width of the item embeddings and of every layer."""
     layers: int = Field(2, ge=1)
@@ -151,15 +162,21 @@ class SASRec(Section):
 
 
 class Model(Section):
-    family: Literal["hllm", "sasrec"] = "hllm"
-    """The family that is registered and published. SASRec and most-popular are always trained beside it for
-    comparison."""
+    family: Literal["hllm", "sasrec", "hstu"] = "hllm"
+    """The family that is registered and published."""
     item_llm: Decoder = Decoder()
     """Reads an item's text into one vector."""
     user_llm: Decoder = Decoder()
     """Reads item vectors into the next interest."""
-    sasrec: SASRec = SASRec()
-    """The ID-based baseline."""
+    user_features: UserFeatures = UserFeatures()
+    """What the User LLM reads of an event beside its item's vector; targets stay pure item vectors."""
+    sasrec: IdModel = IdModel()
+    """SASRec: self-attention over item IDs."""
+    hstu: IdModel = IdModel()
+    """HSTU: attention without softmax over item IDs, biased by position and time."""
+    baselines: tuple[Literal["sasrec", "hstu"], ...] = ("sasrec",)
+    """ID-based families that are trained beside `family`, on the same split, for comparison; most-popular is
+    always compared."""
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
     item_vector: Literal["item_token", "mean"] = "item_token"
@@ -210,7 +227,9 @@ class Train(Section):
     stage2: Stage = Stage(history_length=200, batch_size=32)
     """The User LLM alone over cached item vectors, long histories."""
     sasrec: Stage = Stage(history_length=200, batch_size=128, epochs=50, lr=1e-3)
-    """The ID-based baseline, trained in one stage."""
+    """SASRec, trained in one stage."""
+    hstu: Stage = Stage(history_length=200, batch_size=128, epochs=50, lr=1e-3)
+    """HSTU, trained in one stage."""
 
 
 class Embed(Section):

@@ -43,7 +43,7 @@ class Step:
     """Raised when the step's code changes what it writes."""
 
 
-FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,)}
+FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,), "hstu": (1,)}
 """Family -> its training stages."""
 
 _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
@@ -51,18 +51,15 @@ _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
         "run.seed",
         "model.item_llm",
         "model.user_llm",
+        "model.user_features",
         "model.temperature",
         "model.item_vector",
         "model.whiten",
         "train.stage1",
     ),
     ("hllm", 2): ("run.seed", "train.stage2"),
-    ("sasrec", 1): (
-        "run.seed",
-        "model.sasrec",
-        "model.temperature",
-        "train.sasrec",
-    ),
+    ("sasrec", 1): ("run.seed", "model.sasrec", "model.temperature", "train.sasrec"),
+    ("hstu", 1): ("run.seed", "model.hstu", "model.temperature", "train.hstu"),
 }
 
 
@@ -104,8 +101,8 @@ def steps(settings: Settings) -> dict[str, Step]:
         ),
     ]
     evaluated: list[str] = []
-    for family, stages in FAMILIES.items():
-        for stage in stages:
+    for family in dict.fromkeys((settings.model.family, *settings.model.baselines)):
+        for stage in FAMILIES[family]:
             decides = _TRAIN_DECIDES[family, stage]
             if settings.at(decides[-1]).evaluate_every:  # validation reads as much history as inference does
                 decides += ("embed.max_history",)

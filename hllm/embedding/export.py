@@ -66,7 +66,7 @@ def _export_users(
         np.asarray(prepared.user_offsets),
         prepared.user_table(["user_id"])["user_id"].combine_chunks(),
     )
-    active = np.flatnonzero(np.diff(offsets))
+    active, as_of = np.flatnonzero(np.diff(offsets)), int(prepared.event_times.max())
     with Progress("embed users", len(active), "user") as progress, context.graceful() as stopping:
         for number, begin in enumerate(range(0, len(active), settings.shard_users)):
             path = context.output / f"users-{number:05d}.parquet"
@@ -80,8 +80,10 @@ def _export_users(
                 model,
                 item_vectors,
                 prepared.event_items,
+                prepared.event_times,
                 starts,
                 ends - starts,
+                np.full(len(users), as_of),
                 settings.users_per_batch,
                 progress.advance,
             )

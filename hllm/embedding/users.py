@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hllm.data.prepared import Prepared
+from hllm.models.history import UNKNOWN_TIME, History
 from hllm.models.packing import Packing, ragged
-from hllm.models.users import SASRecUser
 
 Ints = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float32]
@@ -27,11 +27,18 @@ def held_out_user_vectors(
     max_history: int,
     batch: int,
 ) -> Floats:
-    """Row r: the user's vector from events [max(first event, position - max_history), position): (R, D), unit
-    length."""
+    """Row r: the user's vector from events [max(first event, position - max_history), position), asked for
+    when the event at `position` happened: (R, D), unit length."""
     starts_R = np.maximum(np.asarray(prepared.user_offsets)[users_R], positions_R - max_history)
     return vectors_of_histories(
-        model, item_vectors_ID, prepared.event_items, starts_R, positions_R - starts_R, batch
+        model,
+        item_vectors_ID,
+        prepared.event_items,
+        prepared.event_times,
+        starts_R,
+        positions_R - starts_R,
+        np.asarray(prepared.event_times)[positions_R],
+        batch,
     )
 
 
@@ -39,19 +46,22 @@ def vectors_of_histories(
     model: nn.Module,
     item_vectors_ID: Floats,
     event_items: Ints,
+    event_times: Ints,
     starts_R: Ints,
     lengths_R: Ints,
+    asked_R: Ints,
     batch: int,
     advance: Callable[[int], None] | None = None,
 ) -> Floats:
-    """Vectors of the histories event_items[start : start + length]: (R, D), unit length. Histories are never
-    empty.
+    """Vectors of the histories event_items[start : start + length], asked for at a moment of their own (seconds
+    UTC, or UNKNOWN_TIME as any time may be): (R, D), unit length. Histories are never empty.
 
     Short histories are encoded with short ones, so a batch holds no padding and one long history does not
     slow the rest.
     """
-    if isinstance(model, SASRecUser):  # it knows as many positions as its training windows were long
-        skipped_R = np.maximum(lengths_R - model.max_history, 0)
+    known = getattr(model, "max_history", None)
+    if known:  # ID-based families know as many positions as their training windows were long
+        skipped_R = np.maximum(lengths_R - known, 0)
         starts_R, lengths_R = starts_R + skipped_R, lengths_R - skipped_R
     vectors_RD = np.empty((len(starts_R), item_vectors_ID.shape[1]), np.float32)
     order = np.argsort(lengths_R, kind="stable")
@@ -59,10 +69,14 @@ def vectors_of_histories(
         for begin in range(0, len(order), batch):
             rows = order[begin : begin + batch]
             packing = Packing(np.asarray(lengths_R[rows], np.int64))
-            history = np.asarray(
-                item_vectors_ID[np.asarray(event_items[ragged(starts_R[rows], lengths_R[rows])])], np.float32
+            positions = ragged(starts_R[rows], lengths_R[rows])
+            items_T, times_T = (np.asarray(column[positions], np.int64) for column in (event_items, event_times))
+            next_times_T = np.append(times_T[1:], UNKNOWN_TIME)
+            next_times_T[packing.last_S] = asked_R[rows]
+            outputs_TD = model(
+                torch.from_numpy(np.asarray(item_vectors_ID[items_T], np.float32)),
+                History(packing, items_T, times_T, next_times_T),
             )
-            outputs_TD = model(torch.from_numpy(history), packing)
             vectors_RD[rows] = outputs_TD[torch.from_numpy(packing.last_S)].float().numpy()
             if advance:
                 advance(len(rows))

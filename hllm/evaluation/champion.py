@@ -25,7 +25,7 @@ def rank_package(prepared: Prepared, package: Any, settings: Settings, held_out:
     among, known_ids = among.take(rows), [ids[item] for item in np.flatnonzero(known_I)]
     users_RD = np.concatenate(
         [
-            np.asarray(package.user_vectors(_histories(among, block, known_ids, settings)), np.float32)
+            np.asarray(package.user_vectors(*_histories(among, block, known_ids, settings)), np.float32)
             for block in among.blocks(settings.embed.users_per_batch)
         ]
     )
@@ -35,12 +35,18 @@ def rank_package(prepared: Prepared, package: Any, settings: Settings, held_out:
     return last
 
 
-def _histories(held_out: HeldOut, block: slice, ids: list[str], settings: Settings) -> list[list[str]]:
-    """Ids of the latest events before each held-out one, oldest first."""
+def _histories(
+    held_out: HeldOut, block: slice, ids: list[str], settings: Settings
+) -> tuple[list[list[str]], list[list[int]], list[int]]:
+    """Ids and times of the latest events before each held-out one, oldest first, and its own time."""
     ends = held_out.positions_R[block]
     starts = np.maximum(held_out.starts_R[block], ends - settings.embed.max_history)
-    pairs = zip(starts, ends, strict=True)
-    return [[ids[item] for item in held_out.event_items[start:end]] for start, end in pairs]
+    spans = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    return (
+        [[ids[item] for item in held_out.event_items[span]] for span in spans],
+        [held_out.event_times[span].tolist() for span in spans],
+        held_out.asked_R[block].tolist(),
+    )
 
 
 def _among_known(held_out: HeldOut, known_I: np.ndarray) -> HeldOut:
@@ -55,5 +61,7 @@ def _among_known(held_out: HeldOut, known_I: np.ndarray) -> HeldOut:
         starts_R=before_E[held_out.starts_R],
         targets_R=renumbered_I[held_out.targets_R],
         event_items=renumbered_I[held_out.event_items[known_E]].astype(np.int32),
+        event_times=held_out.event_times[known_E],
+        asked_R=held_out.asked_R,
         items=int(known_I.sum()),
     )

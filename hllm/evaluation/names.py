@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hllm.steps import FAMILIES
 
-FAMILY_NAMES = {"hllm": "HLLM", "sasrec": "SASRec"}
+FAMILY_NAMES = {"hllm": "HLLM", "sasrec": "SASRec", "hstu": "HSTU"}
 
 
 def model_name(label: str) -> str:

@@ -43,6 +43,9 @@ class HeldOut:
     """Absolute position of the user's first event."""
     targets_R: Ints
     event_items: npt.NDArray[np.int32]
+    event_times: Ints
+    asked_R: Ints
+    """When the event happened: the moment of the question."""
     items: int
     without_history: int = 0
     """Events left out because their user had no earlier event: a model here has nothing to go by."""
@@ -55,7 +58,15 @@ class HeldOut:
         users, positions, starts = users[known], positions[known], starts[known]
         targets = np.asarray(prepared.event_items[positions]).astype(np.int64)
         return cls(
-            users, positions, starts, targets, prepared.event_items, prepared.items, int((~known).sum())
+            users,
+            positions,
+            starts,
+            targets,
+            prepared.event_items,
+            prepared.event_times,
+            np.asarray(prepared.event_times)[positions],
+            prepared.items,
+            int((~known).sum()),
         )
 
     def __len__(self) -> int:
@@ -68,6 +79,7 @@ class HeldOut:
             positions_R=self.positions_R[rows],
             starts_R=self.starts_R[rows],
             targets_R=self.targets_R[rows],
+            asked_R=self.asked_R[rows],
         )
 
     def blocks(self, size: int = BLOCK_USERS) -> Iterator[slice]:

@@ -15,24 +15,26 @@ from torch import Tensor, nn
 
 from hllm.artifacts import write_atomically
 from hllm.data.prepared import Prepared
-from hllm.errors import ConfigError
 from hllm.models.backbone import build_decoder, decoder_from_config, load_whole
+from hllm.models.features import EventFeatures
+from hllm.models.hstu import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
-from hllm.models.recommender import Recommender
+from hllm.models.recommender import Recommender, UserModel
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Settings
 
+ID_USERS = {"sasrec": SASRecUser, "hstu": HSTUUser}
 SHAPE, ITEM, USER = "model.json", "item.safetensors", "user.safetensors"
 WHITENING_ITEMS = 8_192
 """Items whose vectors decide how the whitening projection starts; more than any width needs."""
 
 
 def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommender:
-    """A model before its first stage: pretrained towers for hllm, random ones for sasrec."""
+    """A model before its first stage: pretrained towers for hllm, random ones for the ID-based families."""
     torch.manual_seed(settings.run.seed)
     model = settings.model
     items: TextItems | IdItems
-    user: DecoderUser | SASRecUser
+    user: UserModel
     if family == "hllm":
         vocabulary = int(prepared.token_ids.max()) + 1 if not model.item_llm.backbone else 0
         decoder = build_decoder(model.item_llm, max(vocabulary, 256))
@@ -41,19 +43,19 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         if model.whiten:
             sample = np.random.default_rng(settings.run.seed).permutation(prepared.items)[:WHITENING_ITEMS]
             items.start_white(np.sort(sample))
-        user = DecoderUser(build_decoder(model.user_llm, 256))
+        user_llm, chosen = build_decoder(model.user_llm, 256), model.user_features
+        features = None
+        if chosen.time or chosen.item_id:
+            inside = user_llm.config.hidden_size
+            known = prepared.items if chosen.item_id else 0
+            features = EventFeatures(inside, chosen.time, chosen.time_width, known)
+        user = DecoderUser(user_llm, items.width, features)
         load_whole.cache_clear()
-        if items.width != user.width:
-            raise ConfigError(
-                f"the Item LLM is {items.width} wide and the User LLM {user.width}",
-                where="model",
-                remedy="Choose backbones of equal width in model.item_llm and model.user_llm.",
-            )
     else:
-        shape = model.sasrec
-        longest = settings.train.sasrec.history_length
+        shape = settings.at(f"model.{family}")
+        longest = settings.at(f"train.{family}.history_length")
         items = IdItems(prepared.items, shape.width)
-        user = SASRecUser(shape.width, shape.layers, shape.heads, shape.dropout, longest)
+        user = ID_USERS[family](shape.width, shape.layers, shape.heads, shape.dropout, longest)
     return Recommender(items, user, model.temperature)
 
 
@@ -71,6 +73,7 @@ def save_model(model: Recommender, family: str, folder: Path) -> None:
     shape: dict[str, Any] = {"family": family, "width": model.items.width}
     if isinstance(model.user, DecoderUser):
         shape["user"] = _plain(model.user.decoder.config)
+        shape["user_features"] = model.user.features.shape if model.user.features else None
     else:
         block: Any = model.user.blocks[0]
         shape["user"] = {
@@ -90,7 +93,7 @@ def save_model(model: Recommender, family: str, folder: Path) -> None:
 
 
 def load_user_model(folder: Path) -> nn.Module:
-    """The user side of a trained model, ready for inference: called with (history_TD, packing)."""
+    """The user side of a trained model, ready for inference: called with (vectors_TD, history)."""
     return _load_user(folder)[0].eval()
 
 
@@ -117,14 +120,17 @@ def family_of(folder: Path) -> str:
     return str(_shape(folder)["family"])
 
 
-def _load_user(folder: Path) -> tuple[DecoderUser | SASRecUser, Tensor]:
+def _load_user(folder: Path) -> tuple[UserModel, Tensor]:
     shape, weights = _shape(folder), load_file(folder / USER)
     log_scale = weights.pop("log_scale")
-    user: DecoderUser | SASRecUser
+    user: UserModel
     if shape["family"] == "hllm":
-        user = DecoderUser(decoder_from_config({**shape["user"], "vocab_size": 2}))
+        decoder = decoder_from_config({**shape["user"], "vocab_size": 2})
+        chosen = shape.get("user_features")
+        features = EventFeatures(decoder.config.hidden_size, **chosen) if chosen else None
+        user = DecoderUser(decoder, shape["width"], features)
     else:
-        user = SASRecUser(**shape["user"])
+        user = ID_USERS[shape["family"]](**shape["user"])
     user.load_state_dict(weights)
     return user, log_scale
 

@@ -97,20 +97,50 @@ class Package:
             for history in histories
         ]
 
-    def user_vectors(self, histories: Sequence[Sequence[str]]) -> npt.NDArray[np.float32]:
+    def user_vectors(
+        self,
+        histories: Sequence[Sequence[str]],
+        times: Sequence[Sequence[int]] | None = None,
+        asked_at: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.float32]:
         """(B, D), unit length; histories are item ids, oldest first. Unknown items are skipped; a history
-        without any known item gives zeros: nothing is known of that user."""
-        from hllm.embedding.users import vectors_of_histories
+        without any known item gives zeros: nothing is known of that user.
 
-        known = [items[-int(self.shape["max_history"]) :] for items in self.known(histories)]
+        `times` (seconds UTC, as long as the histories) and `asked_at` (one moment each) matter to models that
+        read them; without them their times count as unknown.
+        """
+        from hllm.embedding.users import vectors_of_histories
+        from hllm.models.history import UNKNOWN_TIME
+
+        most = int(self.shape["max_history"])
+        known = [items[-most:] for items in self.known(histories)]
         lengths = np.array([len(items) for items in known], np.int64)
         vectors = np.zeros((len(known), self.width), np.float32)
         some = np.flatnonzero(lengths)
-        if len(some):
-            starts = np.cumsum(lengths) - lengths
-            vectors[some] = vectors_of_histories(
-                self._user_model, self.item_vectors, np.concatenate(known), starts[some], lengths[some], 256
+        if not len(some):
+            return vectors
+        moments = np.full(int(lengths.sum()), UNKNOWN_TIME)
+        if times is not None:
+            moments = np.concatenate(
+                [
+                    np.array(
+                        [at for item, at in zip(map(str, items), when, strict=True) if item in self._index],
+                        np.int64,
+                    )[-most:]
+                    for items, when in zip(histories, times, strict=True)
+                ]
             )
+        asked = np.full(len(known), UNKNOWN_TIME) if asked_at is None else np.asarray(asked_at, np.int64)
+        vectors[some] = vectors_of_histories(
+            self._user_model,
+            self.item_vectors,
+            np.concatenate(known),
+            moments,
+            (np.cumsum(lengths) - lengths)[some],
+            lengths[some],
+            asked[some],
+            256,
+        )
         return vectors
 
     def recommend(

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hllm.models.history import History
+from hllm.models.hstu import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
-from hllm.models.packing import Packing
 from hllm.models.users import DecoderUser, SASRecUser
+
+UserModel = DecoderUser | SASRecUser | HSTUUser
 
 EXCLUDED = -1e4
 """A logit that weighs nothing, yet keeps the gradient finite where every negative is excluded."""
@@ -26,8 +29,7 @@ EXCLUDED = -1e4
 class Batch:
     """Windows of events, packed: at each of T positions a history event and the event that followed it."""
 
-    packing: Packing
-    history_T: npt.NDArray[np.int64]
+    history: History
     targets_T: npt.NDArray[np.int64]
     negatives_N: npt.NDArray[np.int64]
     own_SN: npt.NDArray[np.bool_]
@@ -39,12 +41,12 @@ class Batch:
 
 class Recommender(nn.Module):
     """Items and users in one space. HLLM = TextItems x DecoderUser (CachedItems in stage 2), SASRec = IdItems
-    x SASRecUser."""
+    x SASRecUser, HSTU = IdItems x HSTUUser."""
 
     def __init__(
         self,
         items: TextItems | IdItems | CachedItems,
-        user: DecoderUser | SASRecUser,
+        user: UserModel,
         temperature: float,
     ) -> None:
         super().__init__()
@@ -55,9 +57,9 @@ class Recommender(nn.Module):
         """(K,) item indices -> (K, D), unit length."""
         return self.items(items_K)
 
-    def user_vectors(self, history_TD: Tensor, packing: Packing) -> Tensor:
+    def user_vectors(self, vectors_TD: Tensor, history: History) -> Tensor:
         """(T, D) item vectors of packed histories -> (T, D) next-interest vectors, unit length."""
-        return self.user(history_TD, packing)
+        return self.user(vectors_TD, history)
 
     @property
     def scale(self) -> Tensor:
@@ -67,14 +69,14 @@ class Recommender(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """Mean InfoNCE over the batch's targets. Every distinct item is encoded once."""
         distinct_K, where = np.unique(
-            np.concatenate([batch.history_T, batch.targets_T, batch.negatives_N]), return_inverse=True
+            np.concatenate([batch.history.items_T, batch.targets_T, batch.negatives_N]), return_inverse=True
         )
         vectors_KD = self.item_vectors(distinct_K)
         history, target, negative = np.split(
-            where, [len(batch.history_T), len(batch.history_T) + len(batch.targets_T)]
+            where, [len(batch.targets_T), 2 * len(batch.targets_T)]
         )
         device = vectors_KD.device
-        outputs_TD = self.user_vectors(vectors_KD[torch.from_numpy(history).to(device)], batch.packing)
+        outputs_TD = self.user_vectors(vectors_KD[torch.from_numpy(history).to(device)], batch.history)
         return info_nce(
             outputs_TD,
             vectors_KD[torch.from_numpy(target).to(device)],
@@ -86,7 +88,8 @@ class Recommender(nn.Module):
 
 def no_negatives(batch: Batch, device: torch.device) -> Tensor:
     """(T, N): the user's own items, and items that read exactly as the target does."""
-    own_TN = torch.from_numpy(batch.own_SN).to(device)[torch.from_numpy(batch.packing.sequence_T).to(device)]
+    window_T = torch.from_numpy(batch.history.packing.sequence_T).to(device)
+    own_TN = torch.from_numpy(batch.own_SN).to(device)[window_T]
     targets_T = torch.from_numpy(batch.target_texts_T).to(device)
     negatives_N = torch.from_numpy(batch.negative_texts_N).to(device)
     return own_TN | (targets_T[:, None] == negatives_N[None, :])

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.models.backbone import word_vectors
+from hllm.models.features import EventFeatures
+from hllm.models.history import History
 from hllm.models.packing import Packing, causal_attention, run_packed
 
 # T events of all histories one after another, D vector width, H heads
@@ -18,20 +20,37 @@ class DecoderUser(nn.Module):
     """The User LLM (HLLM, section 3.2): a decoder whose word embeddings are replaced by item vectors.
 
     Item vectors have unit length; a learned scale, starting at the backbone's own mean word-embedding length,
-    gives them the size that the pretrained layers expect.
+    gives them the size that the pretrained layers expect. Between towers of different widths a projection
+    leads in and another out: the user's vector is as wide as an item's.
     """
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, item_width: int = 0, features: EventFeatures | None = None) -> None:
         super().__init__()
         words = word_vectors(decoder)
         self.input_scale = nn.Parameter(words.norm(dim=1).mean())
-        self.width = words.shape[1]
+        inside = words.shape[1]
+        self.width = item_width or inside
+        if self.width != inside:
+            self.into = nn.Linear(self.width, inside, bias=False)
+            self.out = nn.Linear(inside, self.width, bias=False)
+            nn.init.orthogonal_(self.into.weight)
+            nn.init.orthogonal_(self.out.weight)
+        self.inside = inside
+        self.features = features
         decoder.set_input_embeddings(nn.Identity())
         self.decoder = decoder
 
-    def forward(self, history_TD: Tensor, packing: Packing) -> Tensor:
+    def forward(self, vectors_TD: Tensor, history: History) -> Tensor:
         """(T, D) unit item vectors -> (T, D) unit next-interest vectors, causal within each history."""
-        return F.normalize(run_packed(self.decoder, history_TD * self.input_scale, packing).float(), dim=-1)
+        inputs_TD = self.into(vectors_TD) if self.inside != self.width else vectors_TD
+        inputs_TD = inputs_TD * self.input_scale
+        if self.features is not None:
+            for feature_TD in self.features(history):
+                inputs_TD = inputs_TD + feature_TD
+        hidden_TD = run_packed(self.decoder, inputs_TD, history.packing)
+        if self.inside != self.width:
+            hidden_TD = self.out(hidden_TD)
+        return F.normalize(hidden_TD.float(), dim=-1)
 
 
 class SASRecUser(nn.Module):
@@ -47,20 +66,24 @@ class SASRecUser(nn.Module):
         self.blocks = nn.ModuleList(SASRecBlock(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, history_TD: Tensor, packing: Packing) -> Tensor:
+    def forward(self, vectors_TD: Tensor, history: History) -> Tensor:
         """(T, D) -> (T, D), unit length."""
-        lengths_T = packing.lengths_S[packing.sequence_T]
-        if int(packing.lengths_S[-1]) > self.max_history:
-            raise ValueError(
-                f"a history of {packing.lengths_S[-1]} events, the model knows {self.max_history} positions"
-            )
-        positions_T = torch.from_numpy(self.max_history - lengths_T + packing.positions_T).to(
-            history_TD.device
-        )
-        hidden_TD = self.dropout(history_TD * self.input_scale + F.embedding(positions_T, self.positions))
+        packing = history.packing
+        positions_T = counted_back(packing, self.max_history).to(vectors_TD.device)
+        hidden_TD = self.dropout(vectors_TD * self.input_scale + F.embedding(positions_T, self.positions))
         for block in self.blocks:
             hidden_TD = block(hidden_TD, packing)
         return F.normalize(self.norm(hidden_TD), dim=-1)
+
+
+def counted_back(packing: Packing, max_history: int) -> Tensor:
+    """(T,) position of each event, the latest of its history at `max_history` - 1."""
+    if int(packing.lengths_S[-1]) > max_history:
+        raise ValueError(
+            f"a history of {packing.lengths_S[-1]} events, the model knows {max_history} positions"
+        )
+    lengths_T = packing.lengths_S[packing.sequence_T]
+    return torch.from_numpy(max_history - lengths_T + packing.positions_T)
 
 
 class SASRecBlock(nn.Module):

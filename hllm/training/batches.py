@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
 from hllm.data.windows import cut_windows
+from hllm.models.history import History
 from hllm.models.packing import Packing, ragged
 from hllm.models.recommender import Batch
 
@@ -22,6 +23,7 @@ class Batches:
         self.items, self.batch_size, self.seed = prepared.items, batch_size, seed
         self.negatives = min(negatives, prepared.items)
         self.event_items = np.asarray(prepared.event_items, dtype=np.int64)
+        self.event_times = np.asarray(prepared.event_times)
         self.starts, self.ends = cut_windows(
             np.asarray(prepared.train_starts), np.asarray(prepared.train_ends), history_length
         )
@@ -57,8 +59,12 @@ class Batches:
         positions = ragged(self.starts[chosen], lengths)
         targets_T, negatives_N = self.event_items[positions + 1], self._draw(step)
         return Batch(
-            packing=Packing(lengths),
-            history_T=self.event_items[positions],
+            history=History(
+                Packing(lengths),
+                self.event_items[positions],
+                self.event_times[positions],
+                self.event_times[positions + 1],
+            ),
             targets_T=targets_T,
             negatives_N=negatives_N,
             own_SN=self._own(self.users[chosen], negatives_N),

@@ -28,9 +28,7 @@ def train(context: Context) -> None:
     """Step: trains, from the newest checkpoint if there is one, and saves the best (or last) weights."""
     _, family, stage_text = context.step.name.split("-")
     stage_number, settings = int(stage_text), context.settings
-    stage: Stage = (
-        settings.train.sasrec if family == "sasrec" else getattr(settings.train, f"stage{stage_number}")
-    )
+    stage: Stage = settings.at(f"train.stage{stage_number}" if family == "hllm" else f"train.{family}")
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     prepared = Prepared.open(context.inputs["prepare"])

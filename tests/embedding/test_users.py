@@ -8,9 +8,11 @@ import pytest
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.users import held_out_user_vectors, vectors_of_histories
+from hllm.models.history import UNKNOWN_TIME
 from hllm.models.load import load_user_model
 from tests.conftest import Trained
 
+UNKNOWN_TIMES = np.full(100, UNKNOWN_TIME)
 MODELS = [("train-hllm-2", "embed-hllm-1"), ("train-sasrec-1", "embed-sasrec-1")]
 
 
@@ -46,7 +48,16 @@ def test_a_vector_sees_the_events_before_its_position_and_no_other(parts, prepar
     def with_changed(event: int) -> np.ndarray:
         events = np.array(prepared.event_items)
         events[event] = (events[event] + 1) % len(items)
-        return vectors_of_histories(model, items, events, np.array([position - most]), np.array([most]), 1)
+        return vectors_of_histories(
+            model,
+            items,
+            events,
+            prepared.event_times,
+            np.array([position - most]),
+            np.array([most]),
+            np.array(prepared.event_times[[position]]),
+            1,
+        )
 
     assert position - most - 1 >= start
     for unseen in (position - most - 1, position, position + 1):
@@ -58,7 +69,9 @@ def test_a_vector_sees_the_events_before_its_position_and_no_other(parts, prepar
 def test_the_order_of_events_matters(parts):
     model, items = parts
     events = np.array([1, 2, 3, 4, 4, 3, 2, 1])
-    there, back = vectors_of_histories(model, items, events, np.array([0, 4]), np.array([4, 4]), 2)
+    there, back = vectors_of_histories(
+        model, items, events, UNKNOWN_TIMES, np.array([0, 4]), np.array([4, 4]), UNKNOWN_TIMES[:2], 2
+    )
     assert np.abs(there - back).max() > 1e-4
 
 
@@ -68,5 +81,7 @@ def test_a_history_longer_than_sasrec_was_trained_on_counts_by_its_last_events(t
     known = trained.settings.train.sasrec.history_length
     events = np.arange(3 * known) % len(items)
     starts, lengths = np.array([0, 2 * known]), np.array([3 * known, known])
-    whole, last = vectors_of_histories(model, items, events, starts, lengths, 2)
+    whole, last = vectors_of_histories(
+        model, items, events, UNKNOWN_TIMES, starts, lengths, UNKNOWN_TIMES[:2], 2
+    )
     np.testing.assert_allclose(whole, last, atol=1e-6)

@@ -22,6 +22,7 @@ from hllm.models.load import (
     save_model,
     width_of,
 )
+from hllm.models.history import History
 from hllm.models.packing import Packing
 from hllm.models.recommender import Recommender
 from hllm.settings import Settings
@@ -49,11 +50,11 @@ def user_vectors(user: torch.nn.Module, width: int) -> torch.Tensor:
     packing = Packing(np.array([1, 4, 7]))
     history = torch.nn.functional.normalize(torch.randn(12, width, generator=torch.manual_seed(2)), dim=-1)
     with torch.no_grad():
-        return user(history, packing)
+        return user(history, History(packing, np.arange(12), 10**9 + 977 * np.arange(12), 10**9 + 977 * np.arange(1, 13)))
 
 
 @pytest.mark.parametrize("whiten", [True, False])
-@pytest.mark.parametrize("family", ["hllm", "sasrec"])
+@pytest.mark.parametrize("family", ["hllm", "sasrec", "hstu"])
 def test_a_loaded_model_gives_the_same_vectors(
     tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, family: str, whiten: bool
 ):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hllm.models.history import History
 from hllm.models.items import IdItems
 from hllm.models.packing import Packing
 from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
@@ -41,8 +42,7 @@ def test_info_nce_is_the_papers_formula():
 def test_own_items_and_twins_of_the_target_are_no_negatives():
     own_SN = np.array([[True, False, False], [False, False, False]])
     batch = Batch(
-        Packing(np.array([1, 2])),
-        np.array([0, 1, 2]),
+        History.without_times(Packing(np.array([1, 2])), np.array([0, 1, 2])),
         np.array([1, 2, 3]),
         np.array([4, 5, 6]),
         own_SN,
@@ -93,8 +93,7 @@ def test_every_distinct_item_is_encoded_once():
 
     model = Recommender(Counting(9, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07)
     batch = Batch(
-        Packing(np.array([2, 3])),
-        np.array([1, 1, 2, 1, 2]),
+        History.without_times(Packing(np.array([2, 3])), np.array([1, 1, 2, 1, 2])),
         np.array([1, 2, 1, 2, 3]),
         np.array([3, 7]),
         np.zeros((2, 2), bool),
@@ -103,13 +102,3 @@ def test_every_distinct_item_is_encoded_once():
     )
     model.loss(batch).backward()
     assert [sorted(items) for items in encoded] == [[1, 2, 3, 7]]
-
-
-def test_sasrec_predicts_from_the_past_alone():
-    torch.manual_seed(0)
-    user = SASRecUser(8, 2, 2, 0.0, 6).eval()
-    history, packing = vectors(5, 8, seed=4), Packing(np.array([5]))
-    changed = history.clone()
-    changed[3:] = vectors(2, 8, seed=9)
-    torch.testing.assert_close(user(history, packing)[:3], user(changed, packing)[:3])
-    assert (user(history, packing)[3:] - user(changed, packing)[3:]).abs().max() > 1e-4

@@ -43,8 +43,8 @@ def prepared(tmp_path: Path) -> Prepared:
 
 def test_the_target_is_the_event_after_the_history(prepared: Prepared):
     batch = Batches(prepared, 4, 3, 5, seed=1)[0]
-    inside = np.diff(batch.packing.sequence_T) == 0
-    np.testing.assert_array_equal(batch.history_T[1:][inside], batch.targets_T[:-1][inside])
+    inside = np.diff(batch.history.packing.sequence_T) == 0
+    np.testing.assert_array_equal(batch.history.items_T[1:][inside], batch.targets_T[:-1][inside])
 
 
 def test_own_training_items_are_marked_and_held_out_ones_are_not(prepared: Prepared):
@@ -61,7 +61,7 @@ def test_batches_depend_on_seed_and_step_alone(prepared: Prepared):
     one, other = Batches(prepared, 4, 3, 5, seed=1), Batches(prepared, 4, 3, 5, seed=1)
     one[0], one[5]
     for step in (7, 2):
-        np.testing.assert_array_equal(one[step].history_T, other[step].history_T)
+        np.testing.assert_array_equal(one[step].history.items_T, other[step].history.items_T)
         np.testing.assert_array_equal(one[step].negatives_N, other[step].negatives_N)
     different = Batches(prepared, 4, 3, 5, seed=2)
     assert any(one[step].negatives_N.tolist() != different[step].negatives_N.tolist() for step in range(4))

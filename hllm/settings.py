@@ -141,13 +141,13 @@ class Decoder(Section):
 
 class UserFeatures(Section):
     time: Literal["", "year", "month", "day", "hour", "minute", "second"] = ""
-    """How exactly the User LLM is told when an event happened (UTC): the parts down to this one; empty: not at
-    all."""
+    """How exactly the User LLM is told when an event happened (UTC): the parts down to this one; empty: not
+    at all."""
     time_width: int = Field(512, ge=1)
     """Width of the embedding of each part of a time."""
     item_id: bool = False
-    """Also tell the User LLM which item an event was, by a learned embedding of its own. Items that were not in
-    the training catalogue have none."""
+    """Also tell the User LLM which item an event was, by a learned embedding of its own. Items that were not
+    in the training catalogue have none."""
 
 
 class IdModel(Section):

@@ -88,8 +88,13 @@ def tiny_settings(folder: Path, source: TinySource, **sets: Any) -> Settings:
             "columns": {"texts": ["title", "genre"]},
         },
         "prepare": {"prompt": "item: ", "max_tokens": 48},
-        "model": {"item_llm": dict(tiny), "user_llm": dict(tiny), "sasrec": dict(tiny)},
-        "train": {"stage1": dict(stage), "stage2": {**stage, "history_length": 16}, "sasrec": dict(stage)},
+        "model": {"item_llm": dict(tiny), "user_llm": dict(tiny), "sasrec": dict(tiny), "hstu": dict(tiny)},
+        "train": {
+            "stage1": dict(stage),
+            "stage2": {**stage, "history_length": 16},
+            "sasrec": dict(stage),
+            "hstu": dict(stage),
+        },
         "evaluation": {"cutoffs": [5, 10], "bootstrap": 20},
         "gate": {"metric": "ndcg@10", "min_vs_popular": 0.0},
         "mlflow": {

@@ -24,11 +24,12 @@ def held_out_user_vectors(
     prepared: Prepared,
     users_R: Ints,
     positions_R: Ints,
+    asked_R: Ints,
     max_history: int,
     batch: int,
 ) -> Floats:
-    """Row r: the user's vector from events [max(first event, position - max_history), position), asked for
-    when the event at `position` happened: (R, D), unit length."""
+    """Row r: the user's vector from events [max(first event, position - max_history), position), asked for at
+    a moment of its own (seconds UTC): (R, D), unit length."""
     starts_R = np.maximum(np.asarray(prepared.user_offsets)[users_R], positions_R - max_history)
     return vectors_of_histories(
         model,
@@ -37,7 +38,7 @@ def held_out_user_vectors(
         prepared.event_times,
         starts_R,
         positions_R - starts_R,
-        np.asarray(prepared.event_times)[positions_R],
+        asked_R,
         batch,
     )
 
@@ -53,8 +54,8 @@ def vectors_of_histories(
     batch: int,
     advance: Callable[[int], None] | None = None,
 ) -> Floats:
-    """Vectors of the histories event_items[start : start + length], asked for at a moment of their own (seconds
-    UTC, or UNKNOWN_TIME as any time may be): (R, D), unit length. Histories are never empty.
+    """Vectors of the histories event_items[start : start + length], asked for at a moment of their own
+    (seconds UTC, or UNKNOWN_TIME as any time may be): (R, D), unit length. Histories are never empty.
 
     Short histories are encoded with short ones, so a batch holds no padding and one long history does not
     slow the rest.
@@ -70,7 +71,9 @@ def vectors_of_histories(
             rows = order[begin : begin + batch]
             packing = Packing(np.asarray(lengths_R[rows], np.int64))
             positions = ragged(starts_R[rows], lengths_R[rows])
-            items_T, times_T = (np.asarray(column[positions], np.int64) for column in (event_items, event_times))
+            items_T, times_T = (
+                np.asarray(column[positions], np.int64) for column in (event_items, event_times)
+            )
             next_times_T = np.append(times_T[1:], UNKNOWN_TIME)
             next_times_T[packing.last_S] = asked_R[rows]
             outputs_TD = model(

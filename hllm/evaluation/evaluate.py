@@ -85,6 +85,7 @@ def held_out_vectors(
         prepared,
         held_out.users_R,
         held_out.positions_R,
+        held_out.asked_R,
         embed.max_history,
         embed.users_per_batch,
     )

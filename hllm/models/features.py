@@ -17,8 +17,8 @@ SIZES = (2100, 13, 32, 24, 60, 60)
 
 
 def calendar(times_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Seconds UTC -> (T, 6) year, month, day, hour, minute, second. Years outside 0 to 2099 become the nearest
-    of them; an unknown time gives zeros."""
+    """Seconds UTC -> (T, 6) year, month, day, hour, minute, second. Years outside 0 to 2099 become the
+    nearest of them; an unknown time gives zeros."""
     known_T = times_T != UNKNOWN_TIME
     # Beyond these bounds numpy's calendar itself overflows; the year is clamped anyway.
     bounded_T = np.clip(np.where(known_T, times_T, 0), -(10**11), 10**11)

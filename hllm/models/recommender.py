@@ -72,9 +72,7 @@ class Recommender(nn.Module):
             np.concatenate([batch.history.items_T, batch.targets_T, batch.negatives_N]), return_inverse=True
         )
         vectors_KD = self.item_vectors(distinct_K)
-        history, target, negative = np.split(
-            where, [len(batch.targets_T), 2 * len(batch.targets_T)]
-        )
+        history, target, negative = np.split(where, [len(batch.targets_T), 2 * len(batch.targets_T)])
         device = vectors_KD.device
         outputs_TD = self.user_vectors(vectors_KD[torch.from_numpy(history).to(device)], batch.history)
         return info_nce(

@@ -96,7 +96,14 @@ def validation_ranks(
         held_out = held_out.take(np.linspace(0, len(held_out) - 1, MOST_VALIDATION_EVENTS).astype(np.int64))
     vectors_ID = catalogue_vectors(model, prepared, tokens_per_batch)
     users_RD = held_out_user_vectors(
-        model.user, vectors_ID, prepared, held_out.users_R, held_out.positions_R, max_history, 256
+        model.user,
+        vectors_ID,
+        prepared,
+        held_out.users_R,
+        held_out.positions_R,
+        held_out.asked_R,
+        max_history,
+        256,
     )
     ranks = rank_by_vectors(users_RD, vectors_ID, held_out, "validation")
     return np.asarray(ranks.filtered_R), np.asarray(held_out.users_R)

@@ -30,9 +30,12 @@ def prepared(trained: Trained) -> Prepared:
 def test_a_vector_is_the_same_alone_and_in_any_company(parts, prepared: Prepared):
     model, items = parts
     users, ends = prepared.held_out("test")
-    together = held_out_user_vectors(model, items, prepared, users, ends, 50, 256)
-    few = held_out_user_vectors(model, items, prepared, users, ends, 50, 3)
-    backwards = held_out_user_vectors(model, items, prepared, users[::-1], ends[::-1], 50, 5)[::-1]
+    asked = prepared.event_times[ends]
+    together = held_out_user_vectors(model, items, prepared, users, ends, asked, 50, 256)
+    few = held_out_user_vectors(model, items, prepared, users, ends, asked, 50, 3)
+    backwards = held_out_user_vectors(model, items, prepared, users[::-1], ends[::-1], asked[::-1], 50, 5)[
+        ::-1
+    ]
     np.testing.assert_allclose(few, together, atol=1e-5)
     np.testing.assert_allclose(backwards, together, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
@@ -43,7 +46,10 @@ def test_a_vector_sees_the_events_before_its_position_and_no_other(parts, prepar
     user = int(np.argmax(np.diff(prepared.user_offsets)))
     start, end = (int(offset) for offset in prepared.user_offsets[user : user + 2])
     position, most = end - 3, 6
-    before = held_out_user_vectors(model, items, prepared, np.array([user]), np.array([position]), most, 1)
+    asked = np.array(prepared.event_times[[position]])
+    before = held_out_user_vectors(
+        model, items, prepared, np.array([user]), np.array([position]), asked, most, 1
+    )
 
     def with_changed(event: int) -> np.ndarray:
         events = np.array(prepared.event_items)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
-from hllm.errors import DataError
+from hllm.models.history import History
 from hllm.models.load import (
     family_of,
     load_item_model,
@@ -22,7 +22,6 @@ from hllm.models.load import (
     save_model,
     width_of,
 )
-from hllm.models.history import History
 from hllm.models.packing import Packing
 from hllm.models.recommender import Recommender
 from hllm.settings import Settings
@@ -50,7 +49,10 @@ def user_vectors(user: torch.nn.Module, width: int) -> torch.Tensor:
     packing = Packing(np.array([1, 4, 7]))
     history = torch.nn.functional.normalize(torch.randn(12, width, generator=torch.manual_seed(2)), dim=-1)
     with torch.no_grad():
-        return user(history, History(packing, np.arange(12), 10**9 + 977 * np.arange(12), 10**9 + 977 * np.arange(1, 13)))
+        return user(
+            history,
+            History(packing, np.arange(12), 10**9 + 977 * np.arange(12), 10**9 + 977 * np.arange(1, 13)),
+        )
 
 
 @pytest.mark.parametrize("whiten", [True, False])
@@ -122,7 +124,31 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(
     assert (weights(1) - weights(2)).abs().max() > 0
 
 
-def test_towers_of_different_width_are_refused_by_name(tiny_settings: TinySettings, prepared: Prepared):
-    with pytest.raises(DataError, match="the Item LLM is 16 wide and the User LLM 32") as error:
-        new_model(tiny_settings(**{"model.item_llm.width": 16}), "hllm", prepared)
-    assert "model.user_llm" in str(error.value)
+@pytest.mark.parametrize("item_width", [16, 48])
+def test_towers_of_different_widths_meet_in_the_items_space(
+    tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, item_width: int
+):
+    model = moved(new_model(tiny_settings(**{"model.item_llm.width": item_width}), "hllm", prepared))
+    found = user_vectors(model.user, item_width)
+    assert found.shape == (12, item_width)
+    save_model(model, "hllm", tmp_path)
+    torch.testing.assert_close(user_vectors(load_user_model(tmp_path), item_width), found)
+
+
+def test_a_model_that_knows_times_and_items_is_saved_with_what_it_knows(
+    tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared
+):
+    features = {"model.user_features.time": "hour", "model.user_features.item_id": True}
+    model = moved(new_model(tiny_settings(**features), "hllm", prepared))
+    save_model(model, "hllm", tmp_path)
+    torch.testing.assert_close(user_vectors(load_user_model(tmp_path), 32), user_vectors(model.user, 32))
+
+
+def test_features_leave_a_pretrained_user_llm_undisturbed_at_first(
+    tiny_settings: TinySettings, prepared: Prepared
+):
+    features = {"model.user_features.time": "second", "model.user_features.item_id": True}
+    plain = new_model(tiny_settings(), "hllm", prepared).user
+    featured = new_model(tiny_settings(**features), "hllm", prepared).user
+    featured.decoder.load_state_dict(plain.decoder.state_dict())
+    torch.testing.assert_close(user_vectors(featured, 32), user_vectors(plain, 32))

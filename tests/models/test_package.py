@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
+from hllm.artifacts import Store
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.users import held_out_user_vectors
+from hllm.models.history import UNKNOWN_TIME
 from hllm.models.load import load_user_model
 from hllm.models.package import Package, write_package
+from hllm.steps import keys
 from tests.conftest import Trained
+from tests.world import TinySource, run_steps, tiny_settings
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,7 @@ def test_user_vectors_are_those_of_the_trained_model(trained: Trained, package: 
         prepared,
         users,
         np.asarray(prepared.user_offsets)[users + 1],
+        np.full(len(users), UNKNOWN_TIME),
         trained.settings.embed.max_history,
         7,
     )
@@ -133,3 +139,29 @@ def test_a_package_is_replaced_whole(tmp_path: Path, trained: Trained, package: 
     write_package(folder, trained["train-hllm-2"], package.item_vectors, titles, 12)
     assert not (folder / "left-over.safetensors").exists()
     np.testing.assert_array_equal(Package.open(folder).item_vectors, package.item_vectors)
+
+
+def test_a_model_that_reads_times_is_given_them(tmp_path: Path, tiny_source: TinySource):
+    settings = tiny_settings(
+        tmp_path, tiny_source, **{"model.family": "hstu", "model.baselines": [], "train.hstu.steps": 2}
+    )
+    steps = ["ingest", "validate", "prepare", "train-hstu-1", "embed-hstu-1", "embed-hstu-3"]
+    folder = run_steps(settings, *steps)
+    package, store = Package.open(folder / "package"), Store(settings.run.root)
+    prepared = Prepared.open(store.fetch("prepare", keys(settings)["prepare"]))
+    offsets, now = prepared.user_offsets, int(prepared.event_times.max())
+    spans = [slice(start, end) for start, end in itertools.pairwise(offsets)]
+    ids = [[package.item_ids[item] for item in prepared.event_items[span]] for span in spans]
+    times = [prepared.event_times[span].tolist() for span in spans]
+    found = package.user_vectors(ids, times, [now] * len(ids))
+    exported = np.concatenate(
+        [
+            np.stack(parquet.read_table(path)["vector"].to_numpy())
+            for path in sorted(folder.glob("users-*.parquet"))
+        ]
+    )
+    np.testing.assert_allclose(found, exported, atol=1e-5)
+    assert np.abs(found - package.user_vectors(ids)).max() > 1e-6
+    strangers = [["gone", *history] for history in ids]
+    with_strangers = package.user_vectors(strangers, [[0, *when] for when in times], [now] * len(ids))
+    np.testing.assert_allclose(with_strangers, found, atol=1e-6)

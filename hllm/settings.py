@@ -131,6 +131,8 @@ class Decoder(Section):
     layers."""
     pretrained: bool = True
     """Load the backbone's weights; false keeps its shape and starts at random."""
+    frozen: bool = False
+    """Leave this tower as it starts (table 4 of the HLLM paper): none of its weights is trained."""
     layers: int = Field(0, ge=0)
     """Keep only the first layers of the backbone; 0 keeps all."""
     width: int = Field(64, ge=2)

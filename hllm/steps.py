@@ -57,7 +57,7 @@ _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
         "model.whiten",
         "train.stage1",
     ),
-    ("hllm", 2): ("run.seed", "train.stage2"),
+    ("hllm", 2): ("run.seed", "model.user_llm.frozen", "train.stage2"),
     ("sasrec", 1): ("run.seed", "model.sasrec", "model.temperature", "train.sasrec"),
     ("hstu", 1): ("run.seed", "model.hstu", "model.temperature", "train.hstu"),
 }

@@ -51,6 +51,8 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
             features = EventFeatures(inside, chosen.time, chosen.time_width, known)
         user = DecoderUser(user_llm, items.width, features)
         load_whole.cache_clear()
+        items.requires_grad_(not model.item_llm.frozen)
+        user.decoder.requires_grad_(not model.user_llm.frozen)
     else:
         shape = settings.at(f"model.{family}")
         longest = settings.at(f"train.{family}.history_length")
@@ -63,6 +65,8 @@ def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.floa
     """Stage 2: the user model as stage 1 left it, over cached item vectors; the Item LLM is not loaded."""
     user, log_scale = _load_user(before)
     model = Recommender(CachedItems(vectors_ID), user, settings.model.temperature)
+    if isinstance(user, DecoderUser):
+        user.decoder.requires_grad_(not settings.model.user_llm.frozen)
     with torch.no_grad():
         model.log_scale.copy_(log_scale)
     return model

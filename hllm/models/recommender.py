@@ -38,6 +38,19 @@ class Batch:
     negative_texts_N: npt.NDArray[np.int64]
     """Numbers of the items' texts: equal where two items read the same."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in it by name, to be looked at."""
+        history = self.history
+        arrays = {
+            "lengths": history.packing.lengths_S,
+            "items": history.items_T,
+            "times": history.times_T,
+            "targets": self.targets_T,
+            "negatives": self.negatives_N,
+            "own": self.own_SN,
+        }
+        return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
 
 class Recommender(nn.Module):
     """Items and users in one space. HLLM = TextItems x DecoderUser (CachedItems in stage 2), SASRec = IdItems

@@ -44,15 +44,15 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
     """Groups by weight decay and peak learning rate (`peak_lr`).
 
     Weight decay is for matrices inside layers only: not for norms, biases, scalars, nor embeddings. The item
-    side and its word embeddings may have learning rates of their own.
+    side and its word embeddings may have learning rates of their own. Frozen weights are in no group.
     """
-    spared = ("words", "item_token", "projection", "table", "positions")
+    spared = {"words", "item_token", "projection", "table", "tables", "ids", "positions"}
     item_lr = stage.item_lr or stage.lr
     peaks = {"items.words": stage.words_lr or item_lr, "items": item_lr}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and name.rpartition(".")[2] not in spared
+            decays = parameter.ndim > 1 and spared.isdisjoint(name.split("."))
             peak = peaks.get(name, peaks.get(name.partition(".")[0], stage.lr))
             groups.setdefault((stage.weight_decay if decays else 0.0, peak), []).append(parameter)
     return [
@@ -107,7 +107,7 @@ def fit(
     weights.
 
     Raises:
-        DataError: the loss is not finite (the weights are saved in `work/not_finite` for inspection).
+        DataError: the loss is not finite (weights and batch are saved in `work` for inspection).
         Terminated: `stopping` was set; a checkpoint has been written.
     """
     if not batches.windows:
@@ -147,14 +147,16 @@ def fit(
                 loss = model.loss(batches[step])
             state["loss"] = float(loss.detach())
             if not math.isfinite(state["loss"]):
-                save_file(
-                    {name: value.contiguous() for name, value in model.state_dict().items()},
-                    work / "not_finite.safetensors",
-                )
+                for name, tensors in (("weights", model.state_dict()), ("batch", batches[step].tensors())):
+                    save_file(
+                        {key: value.contiguous() for key, value in tensors.items()},
+                        work / f"not_finite_{name}.safetensors",
+                    )
                 raise DataError(
                     f"the loss is {state['loss']} at step {step}",
                     where=what,
-                    remedy=f"Weights are in {work}; lower the learning rate, or look at the data.",
+                    remedy=f"The weights and the batch are in {work}; lower the learning rate, or look at the "
+                    "data.",
                 )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip)

@@ -24,7 +24,9 @@ from hllm.models.load import (
 )
 from hllm.models.packing import Packing
 from hllm.models.recommender import Recommender
-from hllm.settings import Settings
+from hllm.settings import Settings, Stage
+from hllm.training.batches import Batches
+from hllm.training.loop import parameter_groups
 from tests.training.world import prepared_of
 
 TinySettings = Callable[..., Settings]
@@ -152,3 +154,19 @@ def test_features_leave_a_pretrained_user_llm_undisturbed_at_first(
     featured = new_model(tiny_settings(**features), "hllm", prepared).user
     featured.decoder.load_state_dict(plain.decoder.state_dict())
     torch.testing.assert_close(user_vectors(featured, 32), user_vectors(plain, 32))
+
+
+@pytest.mark.parametrize("tower", ["item_llm", "user_llm"])
+def test_a_frozen_tower_stays_as_it_was_and_the_other_learns(
+    tiny_settings: TinySettings, prepared: Prepared, tower: str
+):
+    model = new_model(tiny_settings(**{f"model.{tower}.frozen": True}), "hllm", prepared)
+    stage = Stage(batch_size=2, negatives=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=0.1)
+    model.loss(Batches(prepared, 8, 2, 4, seed=1)[0]).backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    frozen = "items." if tower == "item_llm" else "user.decoder."
+    assert not [name for name in changed if name.startswith(frozen)]
+    assert [name for name in changed if name.startswith("items." if tower == "user_llm" else "user.decoder.")]

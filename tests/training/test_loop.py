@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
@@ -152,7 +153,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(prepared: Prepared, tmp_path: P
     model.user.input_scale.data.fill_(float("nan"))
     with pytest.raises(DataError, match="the loss is nan at step 0"):
         run(prepared, tmp_path / "work", model)
-    assert (tmp_path / "work" / "not_finite.safetensors").exists()
+    work = tmp_path / "work"
+    assert torch.isnan(load_file(work / "not_finite_weights.safetensors")["user.input_scale"])
+    batch = load_file(work / "not_finite_batch.safetensors")
+    assert len(batch["items"]) == len(batch["targets"]) == int(batch["lengths"].sum())
+    assert len(batch["negatives"]) == STAGE.negatives
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():

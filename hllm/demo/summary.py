@@ -17,6 +17,7 @@ MODELS = {
     "hllm-2": "HLLM after stage 2",
     "hllm-1": "HLLM after stage 1",
     "sasrec-1": "SASRec",
+    "hstu-1": "HSTU",
     "popular": "most-popular",
 }
 METRICS = ("recall@10", "ndcg@10", "ndcg@50")

@@ -36,7 +36,8 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
     """Compare the candidate with most-popular, SASRec and the champion.
 
     Raises:
-        ConfigError: `gate.metric` is none of the metrics that were evaluated.
+        ConfigError: `gate.metric` is none of the metrics that were evaluated, or a baseline that the gate
+            asks for is not trained.
     """
     gate, candidate = settings.gate, metrics["candidate"]
     mine = _value(metrics["models"].get(candidate), candidate, metrics, gate.metric)
@@ -57,6 +58,14 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
             )
         elif label == "champion" and champion is None:
             rules.append(Rule(label, "reported", "there is no champion yet: nothing to compare"))
+        elif label == "sasrec-1" and "sasrec" not in settings.model.baselines:
+            if threshold:
+                raise ConfigError(
+                    "asks for a comparison with SASRec, which is not among model.baselines",
+                    where="gate.min_vs_sasrec",
+                    remedy='Add "sasrec" to model.baselines, or set gate.min_vs_sasrec = 0.',
+                )
+            rules.append(Rule(label, "reported", "SASRec was not trained beside it: nothing to compare"))
         else:
             other = _value(models.get(label), label, metrics, gate.metric)
             ratio = _ratio(comparisons.get(label), metrics, gate.metric)

@@ -155,8 +155,7 @@ def fit(
                 raise DataError(
                     f"the loss is {state['loss']} at step {step}",
                     where=what,
-                    remedy=f"The weights and the batch are in {work}; lower the learning rate, or look at the "
-                    "data.",
+                    remedy=f"Weights and batch are in {work}; lower the learning rate, or look at the data.",
                 )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip)

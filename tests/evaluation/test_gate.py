@@ -87,6 +87,18 @@ def test_a_metric_that_was_not_evaluated_is_a_settings_error():
         judge(settings(metric="ndcg@7"), metrics(), None)
 
 
+def test_a_baseline_that_is_not_trained_is_no_rule():
+    found = metrics()
+    del found["models"]["sasrec-1"]
+    alone = Settings.model_validate({"gate": {"metric": "ndcg@10"}, "model": {"baselines": []}})
+    assert [rule.outcome for rule in judge(alone, found, None).rules if rule.against == "sasrec-1"] == [
+        "reported"
+    ]
+    asked = {"gate": {"metric": "ndcg@10", "min_vs_sasrec": 0.9}, "model": {"baselines": []}}
+    with pytest.raises(ConfigError, match="which is not among model"):
+        judge(Settings.model_validate(asked), found, None)
+
+
 def test_without_the_baselines_there_is_no_verdict():
     found = metrics()
     del found["models"]["sasrec-1"]

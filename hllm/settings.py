@@ -288,8 +288,8 @@ class Feast(Section):
     write_batch_rows: int = Field(5_000, ge=1)
     """Rows per write to the online store."""
     verify_sample: int = Field(5_000, ge=1)
-    """Users and items whose online vectors are compared bit by bit before promotion: all up to so many, random
-    ones of more. 5,000 take about five seconds."""
+    """Users and items whose online vectors are compared bit by bit before promotion: all up to so many,
+    random ones of more. 5,000 take about five seconds."""
 
 
 class Release(Section):

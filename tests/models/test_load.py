@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
-from hllm.errors import DataError
+from hllm.errors import ConfigError
 from hllm.models.load import (
     family_of,
     load_item_model,
@@ -122,6 +122,6 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(
 
 
 def test_towers_of_different_width_are_refused_by_name(tiny_settings: TinySettings, prepared: Prepared):
-    with pytest.raises(DataError, match="the Item LLM is 16 wide and the User LLM 32") as error:
+    with pytest.raises(ConfigError, match="the Item LLM is 16 wide and the User LLM 32") as error:
         new_model(tiny_settings(**{"model.item_llm.width": 16}), "hllm", prepared)
     assert "model.user_llm" in str(error.value)

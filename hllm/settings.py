@@ -102,6 +102,9 @@ class Validation(Section):
     """A log with less than this share of the previous run's rows fails: half a log is worse than none."""
     max_days_stale: float = Field(0.0, ge=0)
     """Fail when the newest event is older than this many days; 0 turns the check off (historic data)."""
+    max_days_behind_previous: float = Field(0.0, ge=0)
+    """How many days older than the previous run's newest event the newest event may be. The same data again
+    passes; a log without times is not asked."""
 
 
 class Prepare(Section):

@@ -57,18 +57,17 @@ def test_the_example_ignores_a_champion_whose_vectors_are_not_there(serving):
     assert example.serving_service(store, "hllm") == "hllm_v1"
     client(serving).delete_registered_model_alias("hllm", "champion")
     assert example.serving_service(store, "hllm") == "hllm_v1"
+    with pytest.raises(SystemExit, match="No version of unheard_of serves yet"):
+        example.serving_service(store, "unheard_of")
 
 
 def test_the_example_says_what_to_do_when_nothing_serves(tmp_path):
     settings = settings_for(tmp_path)
     version = register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / "key"))
     publish(settings, str(version))
-    for model in ("hllm", "unheard_of"):  # registered but never promoted; not even registered
-        done = _run_example(settings, "--model", model, "--user", "u50", "--items", "i30")
-        assert done.returncode == 1
-        assert done.stderr.strip() == (
-            f"No version of {model} serves yet: approve one in Airflow, or run `hllm promote`."
-        )
+    done = _run_example(settings, "--user", "u50", "--items", "i30")
+    assert done.returncode == 1
+    assert done.stderr == "No version of hllm serves yet: approve one in Airflow, or run `hllm promote`.\n"
 
 
 def test_every_shipped_configuration_has_a_model_and_stores_of_its_own():

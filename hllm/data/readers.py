@@ -282,6 +282,13 @@ def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
     fields = list(dict.fromkeys(field for _, item in catalogue for field in item))
     if taken := [field for field in fields if field.casefold() in RESERVED]:
         raise DataError(f"has a field {taken[0]!r}, which is a name of ours; rename it", where=where)
+    folded = Counter(field.casefold() for field in fields)  # names are compared as DuckDB does
+    if alike := [field for field in fields if folded[field.casefold()] > 1]:
+        raise DataError(
+            "has fields whose names differ only in case; rename them", where=where, examples=alike
+        )
+    if "" in fields:
+        raise DataError("has a field without a name", where=where)
     for part in _parts(catalogue, source.data.batch_rows):
         texts = {
             field: pa.array([_plain(item.get(field)) for _, item in part], pa.string()) for field in fields

@@ -299,6 +299,8 @@ def test_a_column_named_twice(tmp_path: Path, two_items: Path) -> None:
         ("[1]", '{"3": {"title": "Bear"}}', "not an object"),
         ('{"u": [3]}', '{"3": {"reason": "x"}}', "name of ours"),
         ('{"u": [3]}', '{"3": {"label_raw": "x"}}', "name of ours"),
+        ('{"u": [3]}', '{"3": {"A": "x"}, "4": {"a": "y"}}', "only in case; rename them .*'A', 'a'"),
+        ('{"u": [3]}', '{"3": {"": "x"}}', "a field without a name"),
         (
             '{"u": [3]}',
             '{"3": {"a": "x"}, "4": {"a": "y", "a": "z"}}',

@@ -223,7 +223,13 @@ def test_the_other_family_from_log_to_export(tmp_path: Path, tiny_source: TinySo
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["train", "--help"], UNSEEN_PLAN, ["ingest"], ["train", "--family", "sasrec", "--stage", "2"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        UNSEEN_PLAN,
+        ["ingest"],
+        ["train", "--family", "sasrec", "--stage", "2"],
+    ],
     ids=" ".join,
 )
 def test_a_command_that_has_nothing_to_do_imports_nothing_heavy(world: World, argv: list[str]):

@@ -24,6 +24,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 MIB = 1024
+os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would stand between the figures
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@
 import argparse
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import ibis
@@ -19,16 +20,15 @@ warnings.simplefilter("ignore")  # Feast and MLflow announce their own deprecati
 
 
 def serving_service(store: FeatureStore, model: str) -> str:
-    """The feature service of the champion. If somebody moved that alias by hand to a version without
-    vectors, the version that was promoted last goes on serving."""
-    try:
+    """The champion's service; the one promoted last if the alias was moved to a version without vectors."""
+    with suppress(MlflowException):  # the alias was removed
         champion = store.mlflow.client.get_model_version_by_alias(model, "champion")
         if champion.tags.get("publication") == "verified":
             return store.mlflow.resolve_features(f"models:/{model}/{champion.version}")
-    except MlflowException:
-        pass  # the alias was removed
-    last = store.mlflow.client.get_registered_model(model).tags["hllm.serving_version"]
-    return store.mlflow.resolve_features(f"models:/{model}/{last}")
+    found = store.mlflow.client.search_registered_models(f"name = '{model}'")
+    if not found or "hllm.serving_version" not in found[0].tags:
+        raise SystemExit(f"No version of {model} serves yet: approve one in Airflow, or run `hllm promote`.")
+    return store.mlflow.resolve_features(f"models:/{model}/{found[0].tags['hllm.serving_version']}")
 
 
 def online(store: FeatureStore, service: str, user: str, items: list[str]) -> pd.DataFrame:

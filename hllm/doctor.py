@@ -73,6 +73,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
         f"See feast.online_url; start {settings.feast.online}, and set HLLM_FEAST_PASSWORD if it wants one."
     )
     yield _asked("online store", lambda: _online(settings), remedy, service=True)
+    remedy = "See feast.offline and feast.offline_path; HLLM_FEAST_PASSWORD if the server wants one."
+    yield _asked("offline store", lambda: _offline(settings), remedy, service=True)
     for where in _buckets(settings):
         yield _asked(f"s3://{split_s3(where)[0]}", lambda where=where: _bucket(where), "", service=True)  # type: ignore[misc]
 
@@ -267,29 +269,51 @@ def _online(settings: Settings) -> str:
         with redis.Redis(host, int(port or 6379), password=password or None, socket_timeout=5) as asked:
             asked.ping()
     else:
-        import psycopg
-
-        place: dict[str, Any] = describe(settings, password)["online_store"]
-        with psycopg.connect(
-            host=place["host"],
-            port=place["port"],
-            dbname=place["database"],
-            user=place["user"],
-            password=password or None,
-            connect_timeout=5,
-        ) as asked:
-            asked.execute("SELECT 1")
+        _ask_postgres(describe(settings, password)["online_store"])
     return f"{kind} {url.partition(',')[0]} answers"
 
 
+def _offline(settings: Settings) -> str:
+    """Parquet files are written there by us, and read by Feast from wherever it runs."""
+    from hllm.features.store import PASSWORD, describe
+
+    place = settings.feast.offline_path
+    if settings.feast.offline == "postgres":
+        _ask_postgres(describe(settings, os.environ.get(PASSWORD, ""))["offline_store"])
+        return f"postgres {place} answers"
+    if is_s3(place):
+        return _bucket(place)
+    if Path(place).is_file():
+        raise ConfigError("is a file, not a folder", where=place)
+    return f"files: {_file(Path(place))}"
+
+
+def _ask_postgres(place: dict[str, Any]) -> None:
+    import psycopg
+
+    with psycopg.connect(
+        host=place["host"],
+        port=place["port"],
+        dbname=place["database"],
+        user=place["user"],
+        password=place["password"] or None,
+        sslmode=place["sslmode"],
+        connect_timeout=5,
+    ) as asked:
+        asked.execute("SELECT 1")
+
+
 def _file(path: Path) -> str:
+    """A file or folder that can be written, or be made."""
+    found = path.absolute()
+    while not found.exists():
+        found = found.parent
+    if not os.access(found, os.W_OK):
+        raise ConfigError("is not writable", where=found)
     if path.exists():
         return str(path)
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not os.access(folder, os.W_OK):
-        raise ConfigError("is not writable", where=folder)
+    if not found.is_dir():
+        raise ConfigError("is a file, not a folder", where=found)
     return f"{path} (made at first use)"
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import typer
 from tabulate import tabulate
 
-from hllm.artifacts import Store
+from hllm.artifacts import Store, read_object
+from hllm.errors import HLLMError
 from hllm.settings import Settings
 from hllm.steps import keys, pipeline_key, steps
 
+RELEASE = {"register": "evaluate", "publish": "approval", "verify": "publish", "promote": "verify"}
+"""What acts on services -> what it waits for."""
+
 
 def plan(settings: Settings) -> None:
+    """Print it. MLflow is asked only about a pipeline that was registered; a line says if it is away."""
     store, all_keys = Store(settings.run.root), keys(settings)
+    pipeline = pipeline_key(all_keys)
     rows = []
     for step in steps(settings).values():
         manifest = store.manifest(step.name, all_keys[step.name])
@@ -25,12 +31,49 @@ def plan(settings: Settings) -> None:
                 f"hllm {' '.join(step.argv)}",
             )
         )
-    for command, after in (
-        ("register", "evaluate"),
-        ("publish", "approval"),
-        ("verify", "publish"),
-        ("promote", "verify"),
-    ):
-        rows.append((command, f"after {after}", "", "", f"hllm {command}"))
-    typer.echo(f"pipeline {pipeline_key(all_keys)} of {settings.run.name}, outputs in {settings.run.root}")
+    states, problem = {}, ""
+    if _was_registered(store, pipeline):
+        try:
+            states = _release_states(settings, pipeline)
+        except HLLMError as error:
+            states, problem = dict.fromkeys(RELEASE, "unknown"), error.first_line
+    for command, before in RELEASE.items():
+        rows.append((command, states.get(command, f"after {before}"), "", "", f"hllm {command}"))
+    typer.echo(f"pipeline {pipeline} of {settings.run.name}, outputs in {settings.run.root}")
     typer.echo(tabulate(rows, headers=("step", "state", "took", "key", "command")))
+    if problem:
+        typer.echo(f"unknown: {problem}")
+
+
+def _was_registered(store: Store, pipeline: str) -> bool:
+    """`hllm register` leaves a record: without one, MLflow, whose import takes seconds, is not asked."""
+    if store.remote:
+        return read_object(f"{store.location('register', pipeline)}/registered.json") is not None
+    return (store.folder("register", pipeline) / "registered.json").exists()
+
+
+def _release_states(settings: Settings, pipeline: str) -> dict[str, str]:
+    """Command -> its state, by the tags of the version that the pipeline registered; only what has begun."""
+    from hllm.registry import versions
+
+    info = versions.version_of_pipeline(settings, pipeline)
+    if info is None:  # another MLflow than the one it was registered in, or somebody deleted the version
+        return {"register": "to do"}
+    states = {"register": f"done: version {info.version}, gate {info.tags['gate']}"}
+    publication, decision = info.tags.get("publication"), info.tags.get("decision")
+    if publication == "publishing":
+        states["publish"] = "to do: begun, or found damaged"
+    elif publication in ("published", versions.VERIFIED):
+        states |= {"publish": "done", "verify": "done" if info.verified else "to do"}
+    serving = versions.serving_version(settings)
+    if serving and serving.version == info.version:
+        states["promote"] = "done: it serves"
+    elif decision == "rolled back":
+        states["promote"] = f"rolled back by {info.tags['rolled_back_by']}"
+    elif decision == "rejected":
+        states["promote"] = f"rejected by {info.tags['decided_by']}"
+    elif decision == "approved" and serving:
+        states["promote"] = f"approved by {info.tags['decided_by']}, but version {serving.version} serves"
+    elif info.verified:
+        states["promote"] = "to do"
+    return states

@@ -102,6 +102,9 @@ class Validation(Section):
     """A log with less than this share of the previous run's rows fails: half a log is worse than none."""
     max_days_stale: float = Field(0.0, ge=0)
     """Fail when the newest event is older than this many days; 0 turns the check off (historic data)."""
+    max_days_behind_previous: float = Field(0.0, ge=0)
+    """How many days older than the previous run's newest event the newest event may be. The same data again
+    passes; a log without times is not asked."""
 
 
 class Prepare(Section):
@@ -308,8 +311,9 @@ class Feast(Section):
     """Folder (or s3://) of the published Parquet files; `host:port/database` for Postgres."""
     write_batch_rows: int = Field(5_000, ge=1)
     """Rows per write to the online store."""
-    verify_sample: int = Field(1_000, ge=1)
-    """Random users and items whose online vectors are compared bit by bit before promotion."""
+    verify_sample: int = Field(5_000, ge=1)
+    """Users and items whose online vectors are compared bit by bit before promotion: all up to so many,
+    random ones of more. 5,000 take about five seconds."""
 
 
 class Release(Section):

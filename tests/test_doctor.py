@@ -41,6 +41,7 @@ def test_a_machine_with_everything_is_told_so(
         "MLflow",
         "Feast registry",
         "online store",
+        "offline store",
     ):
         assert what in said
 
@@ -84,6 +85,26 @@ def test_s3_is_asked_for_every_bucket_in_the_settings(tiny_settings: Build, s3: 
     found = {finding.what: finding.state for finding in examine(settings)}
     assert found["s3://models"] == "ok"
     assert found["s3://forgotten"] == "missing"
+
+
+def test_the_offline_store_is_a_folder_a_bucket_or_a_database_that_answers(
+    tiny_settings: Build, s3: S3, tmp_path: Path
+) -> None:
+    there = f"{s3.bucket('vectors')}/offline"
+    (tmp_path / "taken").write_text("")
+    for path, state, says in (
+        (str(tmp_path / "new" / "offline"), "ok", "made at first use"),
+        (there, "ok", f"{there} answers"),
+        ("s3://forgotten/offline", "missing", "does not exist"),
+        (str(tmp_path / "taken"), "missing", "is a file, not a folder"),
+        (str(tmp_path / "taken" / "offline"), "missing", "is a file, not a folder"),
+    ):
+        found = find(tiny_settings(**{"feast.offline_path": path}), "offline store")
+        assert (found.state, says in found.found) == (state, True), found
+    away = {"feast.offline": "postgres", "feast.offline_path": f"hllm@127.0.0.1:{free_port()}/feast"}
+    found = find(tiny_settings(**away), "offline store")
+    assert (found.state, found.service) == ("missing", True)
+    assert "feast.offline_path" in found.remedy
 
 
 def test_a_package_that_is_not_installed_is_named(

@@ -100,6 +100,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_source: TinySource) -> 
     return one
 
 
+UNSEEN_PLAN = ["plan", "--set", "run.seed=99"]
+"""Of a pipeline that was never registered: about another, MLflow would be asked."""
+
 INTERRUPTED: dict[str, Any] = {
     "train.stage1.steps": 60,
     "train.stage1.checkpoint_minutes": 1e-6,  # after every step
@@ -220,7 +223,13 @@ def test_the_other_family_from_log_to_export(tmp_path: Path, tiny_source: TinySo
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["train", "--help"], ["plan"], ["ingest"], ["train", "--family", "sasrec", "--stage", "2"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        UNSEEN_PLAN,
+        ["ingest"],
+        ["train", "--family", "sasrec", "--stage", "2"],
+    ],
     ids=" ".join,
 )
 def test_a_command_that_has_nothing_to_do_imports_nothing_heavy(world: World, argv: list[str]):

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,23 +23,14 @@ PART_ROWS = 500_000
 """Rows that become one pandas frame, one validation result and one page of the Data Docs."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a table's suite found."""
-
-    failed: dict[str, int]
-    """Rows that break each rule, by its reason."""
-    misshapen: tuple[str, ...]
-    """Columns that are missing, too many, or of the wrong type."""
-
-
 @dataclass
 class Check:
-    """An expectation about the log as a whole."""
+    """An expectation about the log as a whole: a value in its unit, between `least` and `most`."""
 
     name: str
     column: str
     value: float
+    unit: str
     least: float | None
     most: float | None
     setting: str
@@ -46,20 +38,18 @@ class Check:
     remedy: str = ""
     passed: bool = False
 
-    def as_json(self, rows: int) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "table": "interactions",
             "column": self.column,
             "expectation": "ExpectColumnValuesToBeBetween",
             "passed": self.passed,
-            "failed": 0 if self.passed else rows,
-            "total": rows,
-            "share": 0.0 if self.passed else 1.0,
-            "limit": self.least if self.most is None else self.most,
+            "value": self.value,
+            "unit": self.unit,
+            "least": self.least,
+            "most": self.most,
             "setting": self.setting,
-            "quarantined": 0,
-            "examples": [self.value],
         }
 
 
@@ -85,29 +75,43 @@ class Docs:
         self.context.add_data_docs_site(site_name="validation", site_config=site)
         self.source = self.context.data_sources.add_pandas("tables")
 
-    def check_rows(self, table: str, rules: Sequence[Rule], marked: Path, batch_rows: int) -> Rows:
-        """Every rule, and the columns and types of the table."""
+    def check_columns(self, table: str, found: pa.Schema, expected: pa.Schema) -> list[str]:
+        """What is wrong with a table's columns, in words: missing, not ours, or of another type."""
         import great_expectations as gx
+        import pandas as pd
 
-        expectations = [rule.build() for rule in rules]
+        # One row that holds each column's type: so the file is judged, not what pandas makes of it.
+        frame = pd.DataFrame([{field.name: str(field.type) for field in found}])
+        both = [field for field in expected if field.name in found.names]
+        of_type = gx.expectations.ExpectColumnValuesToBeInSet
+        expectations: list[Any] = [
+            gx.expectations.ExpectTableColumnsToMatchSet(column_set=expected.names),
+            *(of_type(column=field.name, value_set=[str(field.type)]) for field in both),
+        ]
+        wrong: list[str] = []
+        for result in self._run(self._define(f"{table}_columns", expectations), frame).results:
+            _refuse_broken(result)
+            column = result.expectation_config.kwargs.get("column")
+            if result.success:
+                continue
+            if column:
+                wrong.append(f"{column} is {found.field(column).type}, not {expected.field(column).type}")
+            else:
+                wrong += [f"{name} is missing" for name in expected.names if name not in found.names]
+                wrong += [f"{name} is not ours" for name in found.names if name not in expected.names]
+        return wrong
+
+    def check_rows(self, table: str, rules: Sequence[Rule], marked: Path, batch_rows: int) -> dict[str, int]:
+        """Rows that break each rule, by its reason."""
+        definition = self._define(table, [rule.build() for rule in rules])
+        failed = Counter({rule.reason: 0 for rule in rules})
         with pa.parquet.ParquetFile(marked) as file:
-            expectations.append(
-                gx.expectations.ExpectTableColumnsToMatchSet(column_set=file.schema_arrow.names)
-            )
-            of_type = gx.expectations.ExpectColumnValuesToBeInTypeList
-            expectations += [of_type(column=rule.column, type_list=_types(rule)) for rule in rules]
-            definition = self._define(table, expectations)
-            failed = Counter({rule.reason: 0 for rule in rules})
-            misshapen: list[str] = []
             for frame in _parts(file, batch_rows):
                 for result in self._run(definition, frame).results:
                     _refuse_broken(result)
-                    reason = (result.expectation_config.meta or {}).get("reason")
-                    if reason:
-                        failed[reason] += result.result.get("unexpected_count", 0)
-                    elif not result.success:
-                        misshapen.append(str(result.expectation_config.kwargs.get("column", "columns")))
-        return Rows(dict(failed), tuple(dict.fromkeys(misshapen)))
+                    reason = result.expectation_config.meta["reason"]
+                    failed[reason] += result.result.get("unexpected_count", 0)
+        return dict(failed)
 
     def check_log(self, log: Mapping[str, Any], settings: Validation) -> list[Check]:
         """Expectations about the log as a whole: its volume and its freshness."""
@@ -147,54 +151,58 @@ class Docs:
 
 
 def log_checks(log: Mapping[str, Any], settings: Validation) -> Iterator[Check]:
-    rows, stale = log["rows_read"], settings.max_days_stale
-    yield Check("some_rows", "valid_rows", log["valid_rows"], 1, None, "", "no row of the log is valid")
+    """`log` is what `hllm.data.validate` knows of the log; what it has no number for is not checked."""
+    rows, newest = log["rows_read"], log["newest"]
+    yield Check(
+        "some_rows", "valid_rows", log["valid_rows"], "rows", 1, None, "", "no row of the log is valid"
+    )
     before = log.get("previous_rows")
     if before:
-        share, least = rows / before, settings.min_rows_vs_previous
+        percent, least = 100 * rows / before, 100 * settings.min_rows_vs_previous
         yield Check(
             "volume",
-            "share_of_previous_rows",
-            share,
+            "percent_of_previous_rows",
+            percent,
+            "% of the previous run's rows",
             least,
             None,
             "validation.min_rows_vs_previous",
-            f"{rows:,} rows, only {100 * share:.0f} % of the previous run's {before:,}",
-            f"The limit is {100 * least:g} % (validation.min_rows_vs_previous). Is the log cut off? "
+            f"{rows:,} rows, only {percent:.0f} % of the previous run's {before:,}",
+            f"The limit is {least:g} % (validation.min_rows_vs_previous). Is the log cut off? "
             "Another data set wants another run.name.",
         )
-    if stale and log["newest"] is not None:
+    stale = settings.max_days_stale
+    if stale and newest is not None:
         yield Check(
             "freshness",
             "days_since_newest_event",
             log["days_old"],
+            "days old",
             None,
             stale,
             "validation.max_days_stale",
             f"the newest event is {log['days_old']:.1f} days old",
             f"The limit is {stale:g} days (validation.max_days_stale).",
         )
-        if log.get("previous_newest") is not None:
-            behind = (log["previous_newest"] - log["newest"]) / 86_400
-            yield Check(
-                "newer_than_previous",
-                "days_behind_previous",
-                behind,
-                None,
-                0.0,
-                "validation.max_days_stale",
-                f"the newest event is {behind:.1f} days older than the previous run's",
-                "The log went back in time. validation.max_days_stale = 0 turns this off.",
-            )
+    previous = log.get("previous_newest")
+    if previous is not None and newest is not None:
+        most = settings.max_days_behind_previous
+        yield Check(
+            "newer_than_previous",
+            "days_behind_previous",
+            max(0.0, (previous - newest) / 86_400),
+            "days behind the previous run",
+            None,
+            most,
+            "validation.max_days_behind_previous",
+            f"the newest event ({_moment(newest)}) is older than the previous run's ({_moment(previous)})",
+            f"The limit is {most:g} days (validation.max_days_behind_previous). Did the log go back in time? "
+            "Another data set wants another run.name.",
+        )
 
 
-def _types(rule: Rule) -> list[str]:
-    """How a column of the marked view may look in pandas (a column of integers with gaps is float64)."""
-    if rule.column in ("repeats", "created_at_unreadable"):
-        return ["bool", "bool_"]
-    if rule.column in ("timestamp", "label", "text_chars"):
-        return ["int8", "int32", "int64", "float64"]
-    return ["str", "NoneType"]
+def _moment(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _parts(file: pa.parquet.ParquetFile, batch_rows: int) -> Iterator[pd.DataFrame]:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from hllm.artifacts import clear
-from hllm.data.readers import Source, open_source
+from hllm.data.readers import Source, has_times, open_source
 from hllm.data.schema import conform, interactions_schema, items_schema
 from hllm.errors import DataError
 from hllm.progress import Progress
@@ -29,7 +29,7 @@ def ingest(context: Context) -> None:
     context.rows["items"] = write_items(source, context.output / "items.parquet")
     context.rows["interactions"] = write_interactions(source, context.output / "interactions.parquet")
     context.facts["source"] = {"interactions": source.interactions_at, "items": source.items_at}
-    if not source.has_times:
+    if not has_times(source.data):
         first = f"second {source.data.order_starts} + n (data.order_starts)"
         context.facts["times"] = f"made from the order of events: the n-th counts as {first}"
         print(f"ingest: the source has no times; they are {context.facts['times']}", file=sys.stderr)

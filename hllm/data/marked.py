@@ -21,18 +21,19 @@ NO_ID = ("nan", "NaN", "NaT", "<NA>", "None", "null", "NULL")
 
 def mark_items(db: duckdb.DuckDBPyConnection, raw: Path, marked: Path, rules: Sequence[Rule]) -> None:
     names = pa.parquet.read_schema(raw).names
+    texts = text_columns(names)
     # What the eye does not see is no text: white space, control characters, marks that only format.
     visible = [
         f"length(regexp_replace(coalesce({duck.name(name)}, ''), '[\\p{{Z}}\\p{{C}}]+', '', 'g'))"
-        for name in text_columns(names)
+        for name in texts
     ]
-    lengths = [f"length(coalesce({duck.name(name)}, ''))" for name in text_columns(names)]
+    lengths = [f"length(coalesce({duck.name(name)}, ''))" for name in texts]
     unreadable = "created_at_raw IS NOT NULL" if "created_at_raw" in names else "false"
     columns = f"""
         row,
         {_known_id("item_id")} AS item_id,
         {unreadable} AS created_at_unreadable,
-        CASE WHEN {" + ".join(visible)} = 0 THEN 0 ELSE {" + ".join(lengths)} END AS text_chars
+        CASE WHEN {" + ".join(visible) or 0} = 0 THEN 0 ELSE {" + ".join(lengths) or 0} END AS text_chars
     """
     _write(db, f"SELECT {columns} FROM {duck.numbered(raw)}", "item_id", marked, rules)
 

@@ -1,7 +1,8 @@
 """The three kinds of source, each as two streams of canonical record batches.
 
     movielens   ml-100k as atomic files: `NAME.inter` and `NAME.item`, tab-separated, typed headers
-    amazon      `NAME.inter.json` {user: [item, ...]} and `NAME.item.json` {item: {field: text}}: no times
+    amazon      `NAME.inter.json` {user: [item, ...]} and `NAME.item.json` {item: {field: text}}: no times,
+                and each file is read whole: a log too large for memory is better brought as a `table`
     table       any Parquet or CSV, its columns named in `data.columns`
 
 This module is imported by every command (a step's key depends on its source), so it imports little.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,21 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(file) for file in folder.iterdir() if file.is_file())
 
 
+def has_times(data: Data) -> bool:
+    """Whether the source says when events happened; otherwise their order stands in for it."""
+    return data.source == "movielens" or (data.source == "table" and bool(data.columns.timestamp))
+
+
+def promised_columns(data: Data) -> list[str]:
+    """Columns of the ingested catalogue that the settings promise; an amazon catalogue brings its own."""
+    if data.source == "amazon":
+        return ["item_id"]
+    if data.source == "movielens":
+        return ["item_id", *MOVIELENS_TEXTS]
+    times = ["created_at", "created_at_raw"] if data.columns.created_at else []
+    return ["item_id", *data.columns.texts, *times]
+
+
 @dataclass(frozen=True)
 class Source:
     """A source whose files are on this machine."""
@@ -96,12 +113,6 @@ class Source:
     items_at: str
     interactions_path: Path
     items_path: Path
-
-    @property
-    def has_times(self) -> bool:
-        return self.data.source != "amazon" and not (
-            self.data.source == "table" and not self.data.columns.timestamp
-        )
 
     def items(self) -> Iterator[pa.RecordBatch]:
         """item_id, one string column per text, then `created_at` and `created_at_raw` where it has them."""
@@ -258,7 +269,7 @@ def _atomic(source: Source, path: Path, where: str, wanted: dict[str, str]) -> I
     return read_delimited(path, wanted, source.data.batch_rows, where, delimiter="\t", quote=False)
 
 
-# ---- amazon: each file is one JSON value, so it is read whole ----
+# ---- amazon ----
 
 
 def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
@@ -266,13 +277,19 @@ def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
 
     from hllm.data.schema import RESERVED
 
-    catalogue = _json_object(source.items_path, source.items_at, dict)
-    fields = list(dict.fromkeys(field for item in catalogue.values() for field in item))
+    where = source.items_at
+    catalogue = _json_object(source.items_path, where, dict)
+    fields = list(dict.fromkeys(field for _, item in catalogue for field in item))
     if taken := [field for field in fields if field.casefold() in RESERVED]:
+        raise DataError(f"has a field {taken[0]!r}, which is a name of ours; rename it", where=where)
+    folded = Counter(field.casefold() for field in fields)  # names are compared as DuckDB does
+    if alike := [field for field in fields if folded[field.casefold()] > 1]:
         raise DataError(
-            f"has a field {taken[0]!r}, which is a name of ours; rename it", where=source.items_at
+            "has fields whose names differ only in case; rename them", where=where, examples=alike
         )
-    for part in _parts(list(catalogue.items()), source.data.batch_rows):
+    if "" in fields:
+        raise DataError("has a field without a name", where=where)
+    for part in _parts(catalogue, source.data.batch_rows):
         texts = {
             field: pa.array([_plain(item.get(field)) for _, item in part], pa.string()) for field in fields
         }
@@ -283,7 +300,11 @@ def _amazon_events(source: Source) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     log = _json_object(source.interactions_path, source.interactions_at, list)
-    events = [(user, item, nth) for user, items in log.items() for nth, item in enumerate(items, start=1)]
+    had: Counter[str] = Counter()  # a user who is named again goes on where the earlier list ended
+    events = []
+    for user, items in log:
+        events += [(user, item, nth) for nth, item in enumerate(items, start=had[user] + 1)]
+        had[user] += len(items)
     for part in _parts(events, source.data.batch_rows):
         users, items, order = zip(*part, strict=True)
         yield _batch(
@@ -295,9 +316,16 @@ def _amazon_events(source: Source) -> Iterator[pa.RecordBatch]:
         )
 
 
-def _json_object(path: Path, where: str, of: type) -> dict[str, Any]:
+def _json_object(path: Path, where: str, of: type) -> list[tuple[str, Any]]:
+    """The pairs of a file that is one JSON object, a repeated key as often as it stands there.
+
+    The file is read whole: these files take memory in proportion to their size (`table` does not).
+
+    Raises:
+        DataError: the file is missing, not UTF-8, not JSON, or holds something else.
+    """
     try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
+        found = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_object)
     except FileNotFoundError:
         raise DataError("no such file", where=where) from None
     except UnicodeDecodeError as error:
@@ -306,17 +334,32 @@ def _json_object(path: Path, where: str, of: type) -> dict[str, Any]:
         ) from None
     except json.JSONDecodeError as error:
         raise DataError(f"is not JSON: {error}", where=where, remedy="Is the file complete?") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict | tuple):
         raise DataError(f"holds a JSON {type(found).__name__}, not an object", where=where)
-    wrong = [key for key, value in found.items() if not isinstance(value, of)]
+    pairs = list(found.items()) if isinstance(found, dict) else list(found)
+    if repeated := [key for key, value in pairs if of is dict and isinstance(value, tuple)]:
+        raise DataError(
+            "has items that name a field twice",
+            where=where,
+            count=(len(repeated), len(pairs)),
+            examples=repeated,
+            remedy="Only one of the two texts could be kept: give each field one value.",
+        )
+    wrong = [key for key, value in pairs if not isinstance(value, of)]
     if wrong:
         raise DataError(
             f"has values that are not a JSON {'object' if of is dict else 'array'}",
             where=where,
-            count=(len(wrong), len(found)),
+            count=(len(wrong), len(pairs)),
             examples=wrong,
         )
-    return found
+    return pairs
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[tuple[str, Any], ...]:
+    """A JSON object that names a key twice is its pairs: a dict would keep the last one only."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else tuple(pairs)
 
 
 def _parts(things: list[Any], size: int) -> Iterator[list[Any]]:

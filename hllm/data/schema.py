@@ -33,7 +33,7 @@ INTERACTIONS = pa.schema(
     ]
 )
 RAW = ("timestamp_raw", "label_raw", "created_at_raw")
-RESERVED = {"item_id", "item_index", "created_at", "created_at_raw", "train_events", "reason", "row"}
+RESERVED = {"item_id", "item_index", "created_at", "train_events", "reason", "row", *RAW}
 """Names that a text column of the catalogue cannot have."""
 
 

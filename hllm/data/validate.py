@@ -20,14 +20,21 @@ from hllm.artifacts import Manifest, clear, write_atomically
 from hllm.data import duck
 from hllm.data.marked import mark_interactions, mark_items
 from hllm.data.quarantine import Split
-from hllm.data.schema import Rule, interaction_rules, item_rules
+from hllm.data.readers import has_times, promised_columns
+from hllm.data.schema import (
+    Rule,
+    interaction_rules,
+    interactions_schema,
+    item_rules,
+    items_schema,
+)
 from hllm.errors import DataError
 from hllm.steps import Context
 
 if TYPE_CHECKING:
     import duckdb
 
-    from hllm.data.expectations import Check
+    from hllm.data.expectations import Check, Docs
 
 MILLISECONDS_SINCE = 7_258_118_400
 """2200-01-01 in seconds: a log that mostly lies behind it counts in a smaller unit."""
@@ -70,7 +77,12 @@ class Finding:
 
 
 def validate(context: Context) -> None:
-    """Check, split, report; then fail if too much is wrong."""
+    """Check, split, report; then fail if too much is wrong.
+
+    Raises:
+        DataError: an ingested table has other columns than ours, a rule's limit is passed, or the log as a
+            whole is too small or too old.
+    """
     from hllm.data.expectations import Docs
 
     clear(context.output)
@@ -78,6 +90,8 @@ def validate(context: Context) -> None:
     rules = {"items": item_rules(settings), "interactions": interaction_rules(settings, now)}
     raw = {table: context.inputs["ingest"] / f"{table}.parquet" for table in rules}
     docs = Docs(context.output / "data_docs")
+    for table, path in raw.items():
+        _require_columns(docs, table, path, context)
     findings: list[Finding] = []
     with duck.connect(context.work, context.settings.run.threads) as db:
         marked = {table: context.work / f"{table}_marked.parquet" for table in rules}
@@ -86,18 +100,12 @@ def validate(context: Context) -> None:
             db, raw["interactions"], marked["items"], marked["interactions"], rules["interactions"]
         )
         for table in rules:
-            checked = docs.check_rows(table, rules[table], marked[table], context.settings.data.batch_rows)
-            if checked.misshapen:
-                raise DataError(
-                    "has columns that are missing or of the wrong type",
-                    where=table,
-                    examples=checked.misshapen,
-                )
+            broken = docs.check_rows(table, rules[table], marked[table], context.settings.data.batch_rows)
             split = Split(db, table, raw[table], marked[table])
             quarantined = split.write(context.output, rules[table])
             context.rows[table] = _rows(context.output / f"{table}.parquet")
             for rule in rules[table]:
-                failed = checked.failed[rule.reason]
+                failed = broken[rule.reason]
                 examples = split.examples(rule) if failed else ()
                 findings.append(
                     Finding(rule, failed, _rows(raw[table]), quarantined.get(rule.reason, 0), examples)
@@ -110,12 +118,27 @@ def validate(context: Context) -> None:
     context.facts["quarantined"] = {
         f"{f.rule.table}_{f.rule.reason}": f.quarantined for f in findings if f.quarantined
     }
-    report = [
-        *(finding.as_json() for finding in findings),
-        *(check.as_json(log["rows_read"]) for check in checks),
-    ]
+    report = [*(finding.as_json() for finding in findings), *(check.as_json() for check in checks)]
     write_atomically(context.output / "validation.json", json.dumps(report, indent=1).encode())
     _judge(findings, checks, context)
+
+
+def _require_columns(docs: Docs, table: str, path: Path, context: Context) -> None:
+    """The names and types of `hllm.data.schema`, before any SQL relies on them."""
+    found = pa.parquet.read_schema(path)
+    expected = interactions_schema()
+    if table == "items":
+        promised = promised_columns(context.settings.data)
+        expected = items_schema(list(dict.fromkeys([*promised, *found.names])))
+    wrong = docs.check_columns(table, found, expected)
+    if wrong:
+        docs.build()
+        raise DataError(
+            f"{table} has columns that are missing or of the wrong type",
+            where=path,
+            examples=wrong,
+            remedy=f"`hllm ingest` writes other columns. Delete {path.parent} and run it again.",
+        )
 
 
 def _log(db: duckdb.DuckDBPyConnection, context: Context, rows_read: int, now: datetime) -> dict[str, Any]:
@@ -131,7 +154,9 @@ def _log(db: duckdb.DuckDBPyConnection, context: Context, rows_read: int, now: d
     previous = _previous(context)
     if previous:
         log["previous_key"] = previous.key
-        log["previous_rows"], log["previous_newest"] = previous.facts["rows_read"], previous.facts["newest"]
+        log["previous_rows"] = previous.facts["rows_read"]
+        # Times made from the order of events grow with the longest history, not with the calendar.
+        log["previous_newest"] = previous.facts["newest"] if has_times(context.settings.data) else None
     return log
 
 

@@ -15,7 +15,7 @@ NAMES = ("cold", "long_tail", "other")
 def segments(prepared: Prepared, held_out: HeldOut, settings: Evaluation) -> dict[str, npt.NDArray[np.bool_]]:
     """Which held-out events belong to each segment, by training events of their item and of their user."""
     of_item = training_counts(prepared)[held_out.targets_R]
-    of_user = np.asarray(prepared.train_ends - prepared.train_starts)[held_out.users_R]
+    of_user = prepared.user_table(["train_events"])["train_events"].to_numpy()[held_out.users_R]
     return {
         **split("item", of_item, settings.cold_item_events, settings.long_tail_item_events),
         **split("user", of_user, settings.cold_user_events, settings.long_tail_user_events),

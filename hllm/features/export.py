@@ -70,10 +70,24 @@ class Export:
 
     @classmethod
     def open(cls, folder: Path) -> Export:
+        """The export of a folder, with every row that its manifest counts.
+
+        Raises:
+            DataError: it is not finished, or files of it have gone since.
+        """
         manifest = Manifest.read(folder)
         if manifest is None:
             raise DataError("is not a finished export", where=folder)
-        return cls(folder, manifest, int(manifest.facts["width"]))
+        export = cls(folder, manifest, int(manifest.facts["width"]))
+        for entity in ENTITIES:
+            counted = manifest.rows.get(f"{entity.name}s")
+            if counted is not None and (found := export.rows(entity)) != counted:
+                raise DataError(
+                    f"holds {found:,} {entity.name} vectors, its manifest counts {counted:,}",
+                    where=folder,
+                    remedy="Files of it were lost: delete the folder and run `hllm embed --stage 3` again.",
+                )
+        return export
 
     def files(self, entity: Entity) -> list[Path]:
         found = (

@@ -32,7 +32,7 @@ from hllm.artifacts import (
     upload,
     write_atomically,
 )
-from hllm.errors import DataError
+from hllm.errors import ConfigError, DataError
 from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export
 from hllm.features.offline import write_offline
 from hllm.features.online import write_online
@@ -43,6 +43,8 @@ from hllm.settings import Settings
 if TYPE_CHECKING:
     from feast import FeatureStore
 
+    from hllm.registry.versions import VersionInfo
+
 STEP = "publish"
 PROGRESS = "progress.json"
 DONE = ("published", "verified")
@@ -51,11 +53,16 @@ DONE = ("published", "verified")
 def publish(settings: Settings, version: str | None = None) -> None:
     """Publish a registered version, continue a publication that was killed, or find that it is done.
 
+    A version that serves is never written again: `publication` would no longer say `verified`, and readers
+    would be without a model.
+
     Raises:
+        ConfigError: the version serves, and these settings are not those it was published with.
         DataError: the export is damaged, or the name is taken by other data.
         InfraError: a store did not answer; the same command continues.
     """
-    from hllm.registry.versions import registered_version, set_tags
+    from hllm.registry.tracking import version_run
+    from hllm.registry.versions import registered_version, serving_version, set_tags
 
     info = registered_version(settings, version)
     outputs, key = Store(settings.run.root), f"v{info.version}"
@@ -69,9 +76,14 @@ def publish(settings: Settings, version: str | None = None) -> None:
             counts = _counts(done.rows)
             typer.echo(f"publish: reused, version {info.version} was published {done.created_at} ({counts})")
             return
+        serving = serving_version(settings)
+        if serving and serving.version == info.version:
+            raise _serves_elsewhere(settings, info, done is not None, bool(same))
         (folder / MANIFEST).unlink(missing_ok=True)
         set_tags(settings, info.version, {"publication": "publishing"})
-        manifest = Publication(settings, export, info.version, outputs, resume=done is None).run()
+        with version_run(settings, info, STEP, settings.feast.model_dump(mode="json")) as tracker:
+            manifest = Publication(settings, export, info.version, outputs, resume=done is None).run()
+            tracker.finish(manifest)
         set_tags(settings, info.version, {"publication": "published"})
     online = manifest.facts
     rate = online["written"] / max(online["online_seconds"], 1e-9)
@@ -82,6 +94,22 @@ def publish(settings: Settings, version: str | None = None) -> None:
     )
     typer.echo(
         f"  plain Feast: feast --feature-store-yaml {folder / 'feature_store.yaml'} feature-services list"
+    )
+
+
+def _serves_elsewhere(settings: Settings, info: VersionInfo, recorded: bool, same: bool) -> ConfigError:
+    if not recorded:
+        why = f"{publication_folder(settings, info.version)} has no record of its publication"
+    elif not same:
+        why = "it was published to other stores than those in [feast], or from another export"
+    else:
+        why = f"the Feast registry {settings.feast.registry} has no service {service_name(info.version)}"
+    return ConfigError(
+        f"serves now and is not published again: {why}",
+        where=f"{info.model} version {info.version}",
+        remedy="Are run.root and [feast] the ones it was published with? To publish it elsewhere, or again, "
+        "first let another version serve (`hllm promote`, `hllm rollback`), or take this one out of service "
+        "yourself: in MLflow, set its tag `publication` to `publishing`.",
     )
 
 
@@ -149,6 +177,13 @@ class Publication:
         with registry_lock(self.settings):
             name = view_name(USER, self.version)  # the first that is registered
             known = next((view for view in self.store.list_feature_views() if view.name == name), None)
+            model = self.settings.mlflow.model_name
+            if known and known.tags.get("model") != model:
+                raise ConfigError(
+                    f"{name} belongs to the registered model {known.tags.get('model')}, not to {model}",
+                    where=f"Feast project {self.settings.feast.project}",
+                    remedy="Every registered model needs a Feast project of its own: set feast.project.",
+                )
             if known and known.tags.get("export") != self.export.manifest.digest:
                 raise DataError(
                     f"{name} already holds the vectors of another export "

@@ -1,8 +1,9 @@
 """`hllm verify`: what ranking models would read, compared with what the model exported.
 
 Only a version that passes gets `publication = verified` and the tag `feast.feature_service`; nothing else
-may become champion. A version that fails goes back to `publishing`, and the next `hllm publish` writes all
-of it again.
+may become champion. A version that reads differently from its export goes back to `publishing`, and the next
+`hllm publish` writes all of it again. Whatever keeps us from comparing (other settings, an export that was
+cleaned up, a server that is away) is an error that changes nothing: the version may be serving.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from hllm.errors import DataError
+from hllm.artifacts import Store
+from hllm.errors import ConfigError, DataError
 from hllm.features.export import ENTITIES, ITEM, USER, Batch, Entity, Export, bad_vectors
 from hllm.features.offline import count_offline
-from hllm.features.publish import export_of, registered_service
+from hllm.features.publish import STEP, export_of, identity, registered_service
 from hllm.features.store import open_store, service_errors
 from hllm.features.views import service_name
 from hllm.settings import Settings
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
+
+    from hllm.registry.versions import VersionInfo
 
 READ_ROWS = 500
 """Rows of one online request."""
@@ -39,9 +43,11 @@ def verify(settings: Settings, version: str | None = None) -> None:
     """Compare a published version with its export; tag it `verified` if all of it agrees.
 
     Raises:
+        ConfigError: the version was published to other stores than these settings name.
         DataError: something that was read differs from the export, or the version is not published.
         InfraError: a store did not answer.
     """
+    from hllm.registry.tracking import version_run
     from hllm.registry.versions import registered_version, set_tags
 
     info = registered_version(settings, version)
@@ -51,18 +57,47 @@ def verify(settings: Settings, version: str | None = None) -> None:
             where=f"{settings.mlflow.model_name} version {info.version}",
             remedy=f"Run `hllm publish --version {info.version}` first.",
         )
-    with service_errors(settings):
+    export = export_of(info.tags["export"])
+    _refuse_other_stores(settings, info, export)
+    with (
+        service_errors(settings),
+        version_run(settings, info, "verify", settings.feast.model_dump(mode="json")) as tracker,
+    ):
+        verification = Verification(settings, export, info.version)
         try:
-            checked = Verification(settings, export_of(info.tags["export"]), info.version).run()
-        except DataError:
+            checked = verification.run()
+        except Differs:
             set_tags(settings, info.version, {"publication": "publishing"})
             raise
+        tracker.note({"hllm.checked": "; ".join(checked)})
     set_tags(
         settings,
         info.version,
         {"publication": "verified", "feast.feature_service": service_name(info.version)},
     )
     typer.echo(f"verify: version {info.version} is what was exported: " + "; ".join(checked))
+
+
+def _refuse_other_stores(settings: Settings, info: VersionInfo, export: Export) -> None:
+    key = f"v{info.version}"
+    outputs = Store(settings.run.root)
+    done = outputs.manifest(STEP, key)
+    if done is None:
+        raise DataError(
+            f"has no record of its publication in {outputs.location(STEP, key)}",
+            where=f"{info.model} version {info.version}",
+            remedy="Is run.root the one it was published with?",
+        )
+    if done.settings_digest != identity(settings, export):
+        raise ConfigError(
+            "was published to other stores than those in [feast], or from another export",
+            where=f"{info.model} version {info.version}",
+            remedy=f"{outputs.folder(STEP, key) / 'feature_store.yaml'} says which stores they were.",
+        )
+
+
+class Differs(DataError):
+    """What was read is not what was exported."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +111,26 @@ class Sample:
 
 
 class Verification:
+    """One comparison under way.
+
+    Raises:
+        DataError: the registry has no service of this version, or one that was made from another export.
+    """
+
     def __init__(self, settings: Settings, export: Export, version: int) -> None:
         self.settings, self.export, self.version = settings, export, version
         self.store: FeatureStore = open_store(settings)
         service = registered_service(self.store, version)
         if service is None:
-            raise self._differs(f"the Feast registry has no service {service_name(version)}")
+            raise DataError(
+                f"has no service {service_name(version)}",
+                where=f"Feast registry {settings.feast.registry}",
+                remedy=f"Is feast.registry right? If it was lost: `hllm publish --version {version}`.",
+            )
         if service.tags.get("export") != export.manifest.digest:
-            raise self._differs(
+            raise DataError(
                 f"the service {service.name} was made from another export",
+                where=f"Feast registry {settings.feast.registry}",
                 examples=[service.tags.get("export")],
             )
         self.service: FeatureService = service
@@ -92,19 +138,19 @@ class Verification:
 
     def run(self) -> list[str]:
         """What was checked, one phrase each."""
-        samples = {entity.name: self._sample(entity) for entity in ENTITIES}
-        users, items = samples["user"], samples["item"]
+        users, items = (self._sample(entity) for entity in ENTITIES)
         self._compare_online(users, items)
         offline = [self._compare_counts(entity) for entity in ENTITIES]
         pairs = self._compare_point_in_time(users, items)
         return [
-            f"{len(users.ids):,} users and {len(items.ids):,} items bit for bit online",
+            f"{self._how_many(users)} and {self._how_many(items)} bit for bit online",
             f"{offline[0]:,} users and {offline[1]:,} items offline",
             f"{pairs} pairs at three moments",
         ]
 
     def _sample(self, entity: Entity) -> Sample:
-        """Random rows, and always the first and the last. Every row of the export is looked at on the way."""
+        """All rows, or random ones and always the first and the last. Every row of the export is looked at
+        on the way."""
         rows = self.export.rows(entity)
         random = np.random.default_rng([self.settings.run.seed, self.version])
         chosen = random.choice(rows, size=min(rows, self.settings.feast.verify_sample), replace=False)
@@ -122,6 +168,10 @@ class Verification:
                 for feature in entity.columns.values()
             },
         )
+
+    def _how_many(self, sample: Sample) -> str:
+        read, rows = len(sample.ids), self.export.rows(sample.entity)
+        return f"{'' if read == rows else f'a sample of {read:,} of '}{rows:,} {sample.entity.name}s"
 
     def _compare_online(self, users: Sample, items: Sample) -> None:
         """Through the service, as a ranking model reads: every sampled user beside some item and back."""
@@ -238,9 +288,9 @@ class Verification:
         if bad:
             raise self._differs(f"{where} {entity.name} vectors {what}", len(bad), len(names), bad[:3])
 
-    def _differs(self, what: str, count: int = 0, total: int = 0, examples: Iterable[Any] = ()) -> DataError:
+    def _differs(self, what: str, count: int = 0, total: int = 0, examples: Iterable[Any] = ()) -> Differs:
         feast = self.settings.feast
-        return DataError(
+        return Differs(
             what,
             where=f"{service_name(self.version)} in {feast.online} {feast.online_url}",
             count=(count, total) if total else None,

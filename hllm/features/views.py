@@ -34,10 +34,15 @@ def view_name(entity: Entity, version: int) -> str:
 
 
 def offline_file(settings: Settings, entity: Entity, version: int) -> str:
-    """The Parquet file (local or S3) behind a view."""
+    """The Parquet file (local or S3) behind a view. Projects may share the folder: each has its own names."""
     root = settings.feast.offline_path
     folder = root.rstrip("/") if is_s3(root) else str(Path(root).absolute())
-    return f"{folder}/{view_name(entity, version)}.parquet"
+    return f"{folder}/{offline_name(settings, entity, version)}.parquet"
+
+
+def offline_name(settings: Settings, entity: Entity, version: int) -> str:
+    """The offline table behind a view, called as Feast calls the online one."""
+    return f"{settings.feast.project}_{view_name(entity, version)}"
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,11 @@ def _view(settings: Settings, entity: Entity, key: Any, version: int, tags: Mapp
 def _source(settings: Settings, entity: Entity, version: int) -> Any:
     name = view_name(entity, version)
     if settings.feast.offline == "postgres":
+        table = offline_name(settings, entity, version)
         from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source import PostgreSQLSource
 
         return PostgreSQLSource(
-            name=name, table=name, timestamp_field=EVENT_TIME, created_timestamp_column=CREATED
+            name=name, table=table, timestamp_field=EVENT_TIME, created_timestamp_column=CREATED
         )
     from feast import FileSource
 

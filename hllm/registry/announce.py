@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ DESCRIPTION_LIMIT = 2800
 
 
 def announcement(settings: Settings, version: int) -> dict[str, Any]:
-    """The version, its verdict, links that work outside MLflow's pages; `serves`: it is the champion."""
+    """The version, its verdict, links that work outside MLflow's pages (none where nobody shows them now);
+    `serves`: it is the champion."""
     info = versions.registered_version(settings, str(version))
     last = versions.last_promoted(settings)
     pages = server.page_root(settings)
-    description = info.description.replace("](#/", f"]({pages}#/")
+    if pages:
+        description = info.description.replace("](#/", f"]({pages}#/")
+    else:
+        description = re.sub(r"\[([^]]*)\]\(#/[^)]*\)", r"\1", info.description)
     if len(description) > DESCRIPTION_LIMIT:
         description = description[:DESCRIPTION_LIMIT].rpartition("\n")[0] + "\n\nThe rest is in MLflow."
     store = Store(settings.run.root)
@@ -26,7 +31,7 @@ def announcement(settings: Settings, version: int) -> dict[str, Any]:
         "model": info.model,
         "version": info.version,
         "gate": info.tags.get("gate", ""),
-        "page": f"{pages}#/models/{info.model}/versions/{info.version}",
+        "page": f"{pages}#/models/{info.model}/versions/{info.version}" if pages else "",
         "report": report if store.remote else Path(report).resolve().as_uri(),
         "description": description,
         "serves": versions.CHAMPION in info.aliases and last is not None and last.version == info.version,

@@ -23,12 +23,12 @@ REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors
 
 def log_package(client: MlflowClient, settings: Settings, run_id: str, package: Path) -> str:
     """The id of the logged model; the one of an earlier, killed attempt if that had been complete."""
+    server.point_fluent_at(settings)  # creating the version reads that address too
     found = _logged_before(client, settings, run_id)
     if found:
         return found
     import mlflow
 
-    server.point_fluent_at(settings)
     with (
         tempfile.TemporaryDirectory() as scratch,
         server.mlflow_errors(settings),

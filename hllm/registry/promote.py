@@ -1,7 +1,9 @@
 """Which version serves: `promote` moves the alias `champion` forward, `rollback` back; both leave a trail.
 
-Order matters: everything is checked first, then the record is written, and the alias moves last. A process
-killed in between leaves the earlier champion serving, and the same command finishes the work.
+Order matters: everything is checked first; then the registered model's tag `hllm.last_change` says what is
+about to happen, the version's record is written, and the alias moves; `hllm.serving_version` follows last. A
+process killed before the alias moved leaves the earlier champion serving; the same command finishes the work,
+and `rollback` takes back a promotion that was not finished.
 """
 
 from __future__ import annotations
@@ -9,16 +11,19 @@ from __future__ import annotations
 import getpass
 import json
 from datetime import UTC, datetime
+from typing import Any
 
 import typer
 
 from hllm.errors import ConfigError, GateError
-from hllm.registry import versions
+from hllm.registry import tracking, versions
 from hllm.registry.versions import CANDIDATE, CHAMPION, SERVICE_TAG, SERVING_TAG, VersionInfo
 from hllm.settings import Settings
 
 REPLACED_TAG = "replaced"
 CHANGE_TAG = "hllm.last_change"
+_DECIDED = ("decided_by", "decided_at", "decision_note")
+_REJECTED = ("rejected_by", "rejected_at", "rejected_note")
 _ROLLED_BACK = ("rolled_back_by", "rolled_back_at", "rolled_back_note")
 
 
@@ -27,8 +32,11 @@ def promote(
 ) -> VersionInfo:
     """Move `champion` to a version that passed the gate and whose published vectors were verified.
 
+    A version that was rejected needs an approval with a time, `at`, later than the rejection; who rejected it
+    then stays on record in `rejected_by`, `rejected_at` and `rejected_note`.
+
     Raises:
-        GateError: the gate failed, or the version is not fully published.
+        GateError: the gate failed, the version was rejected, or it is not fully published.
         ConfigError: there is no such version, or `at` is not a time.
     """
     chosen = versions.registered_version(settings, version)
@@ -39,6 +47,7 @@ def promote(
             where=_name(chosen),
             remedy="Its description in MLflow has the numbers; the thresholds are the settings gate.*.",
         )
+    _refuse_rejected(chosen, at and audit["decided_at"])
     _refuse_unpublished(chosen)
     last, named = versions.last_promoted(settings), versions.champion(settings)
     if _serves(chosen, last):
@@ -48,8 +57,14 @@ def promote(
     before = next((info for info in (last, named) if info and info.version != chosen.version), None)
     if before:
         audit[REPLACED_TAG] = str(before.version)
-    versions.set_tags(settings, chosen.version, audit | dict.fromkeys(_ROLLED_BACK))
-    _move(settings, chosen, before, "promoted", audit)
+    kept = {}
+    if chosen.tags.get("decision") == "rejected":
+        kept = dict(zip(_REJECTED, (chosen.tags.get(name, "") for name in _DECIDED), strict=True))
+    with tracking.version_run(settings, chosen, "promote", audit):
+        _announce(settings, chosen, before, "promoted", audit)
+        versions.set_tags(settings, chosen.version, kept | audit | dict.fromkeys(_ROLLED_BACK))
+        versions.set_alias(settings, CHAMPION, chosen.version)
+    _settle(settings, chosen, before, "promoted", audit)
     _drop_candidate(settings, chosen)
     return versions.registered_version(settings, str(chosen.version))
 
@@ -84,30 +99,45 @@ def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: s
 
     Raises:
         ConfigError: there is nothing to go back to.
-        GateError: the vectors of that version are not published (any more).
+        GateError: the vectors of that version are not published (any more), or it was rejected.
     """
     last, named = versions.last_promoted(settings), versions.champion(settings)
-    target = _earlier(settings, named, last) if to is None else versions.registered_version(settings, to)
+    begun = _unfinished_change(settings, last)
+    if to is None:
+        target = _earlier(settings, named, last, begun)
+    else:
+        target = versions.registered_version(settings, to)
+    _refuse_rejected(target)
     _refuse_unpublished(target)
-    if _serves(target, last):
+    if _serves(target, last) and begun is None:
         typer.echo(f"rollback: {_name(target)} is the champion already; nothing changed")
         return target
-    left = next((info for info in (named, last) if info and info.version != target.version), None)
+    promoted = _begun_version(settings, begun) if begun and begun["action"] == "promoted" else None
+    left = next((info for info in (promoted, named, last) if info and info.version != target.version), None)
     audit = _audit("rolled back", by, note, "")
+    _announce(settings, target, left, "rolled back", audit)
     if left:
         trail = dict(zip(_ROLLED_BACK, (audit["decided_by"], audit["decided_at"], note), strict=True))
         versions.set_tags(settings, left.version, {"decision": "rolled back", **trail})
-    _move(settings, target, left, "rolled back", audit)
+    versions.set_alias(settings, CHAMPION, target.version)
+    _settle(settings, target, left, "rolled back", audit)
     return versions.registered_version(settings, str(target.version))
 
 
-def _move(
+def _announce(
     settings: Settings, to: VersionInfo, left: VersionInfo | None, action: str, audit: dict[str, str]
 ) -> None:
+    """What is about to happen, before anything of it does."""
     change = {"action": action, "from": left.version if left else None, "to": to.version}
     change |= {"by": audit["decided_by"], "at": audit["decided_at"], "note": audit["decision_note"]}
-    versions.set_model_tags(settings, {SERVING_TAG: str(to.version), CHANGE_TAG: json.dumps(change)})
-    versions.set_alias(settings, CHAMPION, to.version)
+    versions.set_model_tags(settings, {CHANGE_TAG: json.dumps(change)})
+
+
+def _settle(
+    settings: Settings, to: VersionInfo, left: VersionInfo | None, action: str, audit: dict[str, str]
+) -> None:
+    """The alias has moved: the change is done."""
+    versions.set_model_tags(settings, {SERVING_TAG: str(to.version)})
     came_from = f"from version {left.version} " if left else ""
     typer.echo(
         f"{action}: champion of {to.model} moved {came_from}to version {to.version} "
@@ -120,9 +150,24 @@ def _serves(info: VersionInfo, last: VersionInfo | None) -> bool:
     return CHAMPION in info.aliases and last is not None and last.version == info.version
 
 
-def _earlier(settings: Settings, named: VersionInfo | None, last: VersionInfo | None) -> VersionInfo:
-    """The default of a rollback: undo a move made by hand, or else the version that the champion replaced."""
-    if last and (named is None or named.version != last.version):
+def _unfinished_change(settings: Settings, last: VersionInfo | None) -> dict[str, Any] | None:
+    """The change that had been announced, but not settled, when its process ended."""
+    change: dict[str, Any] = json.loads(versions.model_tags(settings).get(CHANGE_TAG, "{}"))
+    return change if change and (last is None or last.version != change["to"]) else None
+
+
+def _begun_version(settings: Settings, change: dict[str, Any]) -> VersionInfo:
+    return versions.registered_version(settings, str(change["to"]))
+
+
+def _earlier(
+    settings: Settings, named: VersionInfo | None, last: VersionInfo | None, begun: dict[str, Any] | None
+) -> VersionInfo:
+    """The default of a rollback: finish one that was begun, undo a promotion that was not finished or a move
+    made by hand, or else the version that the champion replaced."""
+    if begun and begun["action"] == "rolled back":
+        return _begun_version(settings, begun)
+    if last and (begun or named is None or named.version != last.version):
         return last
     replaced = (named.tags if named else {}).get(REPLACED_TAG)
     if replaced is None:
@@ -134,6 +179,21 @@ def _earlier(settings: Settings, named: VersionInfo | None, last: VersionInfo | 
             "there is no earlier champion to go back to", where=settings.mlflow.model_name, remedy=remedy
         )
     return versions.registered_version(settings, replaced)
+
+
+def _refuse_rejected(chosen: VersionInfo, approved_at: str = "") -> None:
+    """Only an approval that is known to be later than the rejection counts."""
+    by, at, note = (chosen.tags.get(name, "") for name in _DECIDED)
+    if chosen.tags.get("decision") != "rejected":
+        return
+    if approved_at and datetime.fromisoformat(approved_at) > datetime.fromisoformat(at):
+        return
+    raise GateError(
+        f"was rejected by {by} at {at}{f': {note}' if note else ''}",
+        where=_name(chosen),
+        remedy="It needs a new approval: trigger the DAG hllm_release with this version, or say who approved "
+        f"it after that, and when: `hllm promote --version {chosen.version} --by WHO --at WHEN --note WHY`.",
+    )
 
 
 def _refuse_unpublished(chosen: VersionInfo) -> None:

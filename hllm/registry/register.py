@@ -74,7 +74,14 @@ def register(settings: Settings) -> Registered:
             _keep_record(settings, store, found)
             typer.echo(f"register: reused, {_says(found)}")
         else:
-            found = _judge_and_register(settings, store, client, finished, serving, found, judged)
+            gate = {"gate": settings.gate.model_dump(mode="json")}
+            with tracking.child_run(settings, pipeline, STEP, gate) as tracker:
+                version, passed = _judge_and_register(settings, store, client, finished, serving, found)
+                verdict = "passed" if passed else "failed"
+                tracker.note({"hllm.version": str(version), "hllm.gate": verdict})
+            versions.set_tags(settings, version, {"judged": judged})  # last: from here on it is "reused"
+            found = versions.registered_version(settings, str(version))
+            _keep_record(settings, store, found)
             typer.echo(f"register: {_says(found)} -> {store.folder(STEP, pipeline) / 'report.html'}")
     passed = found.tags["gate"] == "passed"
     if not passed and "decided_by" not in found.tags:
@@ -100,8 +107,8 @@ def _judge_and_register(
     finished: Finished,
     serving: VersionInfo | None,
     found: VersionInfo | None,
-    judged: str,
-) -> VersionInfo:
+) -> tuple[int, bool]:
+    """The version, and whether it passed the gate."""
     from hllm.evaluation.gate import judge
 
     metrics = json.loads((finished.folders["evaluate"] / "metrics.json").read_text("utf-8"))
@@ -138,12 +145,7 @@ def _judge_and_register(
         with server.mlflow_errors(settings):
             client.update_model_version(settings.mlflow.model_name, str(version), description)
     _point_candidate(settings, version, verdict.passed)
-    versions.set_tags(settings, version, {"judged": judged})
-    with server.mlflow_errors(settings):
-        client.set_terminated(parent, "FINISHED")
-    info = versions.registered_version(settings, str(version))
-    _keep_record(settings, store, info)
-    return info
+    return version, verdict.passed
 
 
 def _create(
@@ -241,7 +243,8 @@ def _write_report(
 
     path = store.folder(STEP, finished.pipeline) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    links = {"MLflow run": server.page_root(settings) + page}
+    pages = server.page_root(settings)
+    links = {"MLflow run": pages + page} if pages else {}
     documents = finished.folders["validate"] / "data_docs" / "index.html"
     if documents.exists():
         links["Data Docs"] = documents.resolve().as_uri()

@@ -77,9 +77,18 @@ def client(settings: Settings) -> MlflowClient:
 
 
 def page_root(settings: Settings) -> str:
-    """Where MLflow's web page is; a local store's page is there while `make ui` runs."""
+    """Where MLflow's web pages are: at the server, or where `make ui` shows a local store now; else empty."""
     uri = tracking_uri(settings)
-    return shown(uri).rstrip("/") + "/" if uri.startswith("http") else "http://127.0.0.1:5000/"
+    if uri.startswith("http"):
+        return shown(uri).rstrip("/") + "/"
+    import psutil
+
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        argv = process.info["cmdline"] or []
+        shows = {"mlflow", "server", "--port", "--backend-store-uri", uri} <= set(argv)
+        if shows and process.info["cwd"] == os.getcwd():
+            return f"http://127.0.0.1:{argv[argv.index('--port') + 1]}/"
+    return ""
 
 
 def point_fluent_at(settings: Settings) -> None:

@@ -1,4 +1,5 @@
-"""What MLflow remembers of a pipeline: one parent run per pipeline, a child run per execution of a step.
+"""What MLflow remembers of a pipeline: one parent run per pipeline, a child run per execution of a step, from
+the log that was read to the alias that moved.
 
 Separate processes (and machines) find the same parent by its tag `hllm.pipeline`. Curves are buffered and
 sent by a thread every few seconds, so training never waits for MLflow. A server that is away when a step
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
+    from hllm.registry.versions import VersionInfo
+
 FLUSH_SECONDS = 3.0
 SYSTEM_SECONDS = 5.0
 AWAY_SECONDS = 30.0
@@ -34,20 +37,24 @@ AWAY_SECONDS = 30.0
 _METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
 _CONTEXT_TAG = "mlflow.data.context"
+_LAST_STEPS = {"evaluate", "register", "publish", "verify", "promote"}
+"""Steps after which the pipeline may stand still, for a person's decision or for good."""
 
 
 @contextmanager
 def child_run(
-    settings: Settings, pipeline_key: str, step_name: str, step_settings: Mapping[str, Any]
+    settings: Settings, pipeline_key: str, step_name: str, step_settings: Mapping[str, Any], parent: str = ""
 ) -> Iterator[Tracker]:
     """The child run of one step execution; ends FINISHED, or FAILED or KILLED when the step stops.
+
+    `parent` names the pipeline's run where it is known; otherwise it is found by the pipeline's key, or made.
 
     Raises:
         InfraError: MLflow does not answer.
     """
     client = server.client(settings)
     with server.mlflow_errors(settings):
-        parent = parent_run(client, settings, pipeline_key)
+        parent = parent or parent_run(client, settings, pipeline_key)
         run_id = _start(client, settings, parent, step_name, step_settings)
     tracker = Tracker(client, settings, parent, run_id, step_name)
     tracker.start()
@@ -59,6 +66,27 @@ def child_run(
         tracker.end("KILLED" if stopped else "FAILED", reason.splitlines()[0])
         raise
     tracker.end("FINISHED")
+
+
+@contextmanager
+def version_run(
+    settings: Settings, info: VersionInfo, step_name: str, step_settings: Mapping[str, Any]
+) -> Iterator[Tracker]:
+    """The child run of a step that acts on a registered version, under the run that the version came from.
+
+    Raises:
+        InfraError: MLflow does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    parent = ""
+    with server.mlflow_errors(settings), contextlib.suppress(MlflowException):  # somebody may have deleted it
+        run = server.client(settings).get_run(info.run_id)
+        parent = info.run_id if run.info.lifecycle_stage == "active" else ""
+    pipeline = info.tags.get("pipeline", f"{info.model} version {info.version}")
+    decides = {"version": info.version, **step_settings}
+    with child_run(settings, pipeline, step_name, decides, parent) as tracker:
+        yield tracker
 
 
 def parent_run(client: MlflowClient, settings: Settings, pipeline_key: str) -> str:
@@ -163,6 +191,10 @@ class Tracker:
         tags |= {f"hllm.fact.{name}": text(value) for name, value in facts.items() if not _is_number(value)}
         self._attempt(lambda: self._record(manifest, tags))
 
+    def note(self, tags: Mapping[str, str]) -> None:
+        """What else the run says of itself."""
+        self._attempt(lambda: log_tags(self.client, self.run_id, tags))
+
     def end(self, status: str, reason: str = "") -> None:
         self._stopping.set()
         self._thread.join()
@@ -183,7 +215,7 @@ class Tracker:
         if reason:
             self.client.set_tag(self.run_id, "hllm.error", reason[:1000])
         self.client.set_terminated(self.run_id, status)
-        if status != "FINISHED" or self.step == "evaluate":
+        if status != "FINISHED" or self.step in _LAST_STEPS:
             self.client.set_terminated(self.parent, status)
 
     def _log_headline(self, manifest: Manifest) -> None:

@@ -163,6 +163,44 @@ def test_amazon_order_becomes_seconds(tmp_path: Path) -> None:
     assert "order" in json.loads((output / "manifest.json").read_text())["facts"]["times"]
 
 
+def amazon(folder: Path, log: str, items: str) -> Settings:
+    source = folder / "toys"
+    source.mkdir()
+    (source / "Toys.inter.json").write_text(log)
+    (source / "Toys.item.json").write_text(items)
+    return Settings.model_validate(
+        {"run": {"root": str(folder / "runs")}, "data": {"source": "amazon", "path": str(source)}}
+    )
+
+
+def test_amazon_keys_that_are_named_twice_lose_no_row(tmp_path: Path) -> None:
+    log = '{"u": [3, 4], "v": [4], "u": [4, 3]}'
+    items = '{"3": {"title": "Bear"}, "4": {"title": "Ball"}, "3": {"title": "Bear again"}}'
+    settings = amazon(tmp_path, log, items)
+    output = run_steps(settings, "ingest")
+    events = parquet.read_table(output / "interactions.parquet", columns=LOG).to_pylist()
+    assert [tuple(row.values()) for row in events] == [
+        ("u", "3", 1_000_000_001),
+        ("u", "4", 1_000_000_002),
+        ("v", "4", 1_000_000_001),
+        ("u", "4", 1_000_000_003),
+        ("u", "3", 1_000_000_004),
+    ]
+    titles = parquet.read_table(output / "items.parquet").column("title").to_pylist()
+    assert titles == ["Bear", "Ball", "Bear again"]
+    with pytest.raises(
+        DataError, match=r"items: 1 of 3 rows repeat the id of an earlier item \(e\.g\. '3'\)"
+    ):
+        run_steps(settings, "validate")
+
+
+def test_an_amazon_catalogue_without_any_text(tmp_path: Path) -> None:
+    settings = amazon(tmp_path, '{"u": [3, 4, 3]}', '{"3": {}, "4": {}}')
+    run_steps(settings, "ingest")
+    with pytest.raises(DataError, match=r"items: 2 of 2 rows have no text at all \(e\.g\. '3', '4'\)"):
+        run_steps(settings, "validate")
+
+
 # ---- refused, with a sentence ----
 
 
@@ -260,18 +298,19 @@ def test_a_column_named_twice(tmp_path: Path, two_items: Path) -> None:
         ('{"u": [3]}', '{"3": "Bear"}', "not a JSON object"),
         ("[1]", '{"3": {"title": "Bear"}}', "not an object"),
         ('{"u": [3]}', '{"3": {"reason": "x"}}', "name of ours"),
+        ('{"u": [3]}', '{"3": {"label_raw": "x"}}', "name of ours"),
+        ('{"u": [3]}', '{"3": {"A": "x"}, "4": {"a": "y"}}', "only in case; rename them .*'A', 'a'"),
+        ('{"u": [3]}', '{"3": {"": "x"}}', "a field without a name"),
+        (
+            '{"u": [3]}',
+            '{"3": {"a": "x"}, "4": {"a": "y", "a": "z"}}',
+            r"a field twice \(1 of 2\) \(e\.g\. '4'",
+        ),
     ],
 )
 def test_amazon_files_of_another_shape(tmp_path: Path, log: str, items: str, says: str) -> None:
-    source = tmp_path / "toys"
-    source.mkdir()
-    (source / "Toys.inter.json").write_text(log)
-    (source / "Toys.item.json").write_text(items)
-    settings = Settings.model_validate(
-        {"run": {"root": str(tmp_path / "runs")}, "data": {"source": "amazon", "path": str(source)}}
-    )
     with pytest.raises(DataError, match=says):
-        run_steps(settings, "ingest")
+        run_steps(amazon(tmp_path, log, items), "ingest")
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hllm.artifacts import Store
 from hllm.data.prepared import Prepared
+from hllm.data.validate import validate as run_validate
 from hllm.errors import DataError
 from hllm.settings import Settings
+from hllm.steps import Context, keys, steps
 from tests.world import TinySource, run_steps, tiny_settings, write_csv, write_items
 
 TinySettings = Callable[..., Settings]
@@ -174,7 +178,9 @@ def test_no_row_is_lost(
         }
         assert len(rows(output, table)) + sum(away.values()) == len(sent)
         report = [
-            entry for entry in json.loads((output / "validation.json").read_text()) if entry["table"] == table
+            entry
+            for entry in json.loads((output / "validation.json").read_text())
+            if entry["table"] == table and "failed" in entry
         ]
         assert {
             f"{table}_{entry['name']}": entry["quarantined"] for entry in report if entry["quarantined"]
@@ -223,9 +229,9 @@ def test_times_in_a_smaller_unit_are_recognised(tmp_path: Path, factor: int, nam
 def test_half_a_log_is_worse_than_none(tmp_path: Path) -> None:
     validate(tmp_path, [("a", "Axe", "")], good(100))
     with pytest.raises(DataError, match=r"40 rows, only 40 % of the previous run's 100"):
-        validate(tmp_path, [("a", "Axe", "")], good(40))
-    validate(tmp_path, [("a", "Axe", "")], good(40), **{"run.name": "another"})
-    validate(tmp_path, [("a", "Axe", "")], good(60))
+        validate(tmp_path, [("a", "Axe", "")], good(100)[60:])
+    validate(tmp_path, [("a", "Axe", "")], good(100)[60:], **{"run.name": "another"})
+    validate(tmp_path, [("a", "Axe", "")], good(100)[40:])
 
 
 def test_a_stale_log_fails_only_when_asked(tmp_path: Path) -> None:
@@ -233,9 +239,81 @@ def test_a_stale_log_fails_only_when_asked(tmp_path: Path) -> None:
         validate(tmp_path, [("a", "Axe", "")], good(10), **{"validation.max_days_stale": 7})
     fresh = good(10, start=NOW - 3600)
     validate(tmp_path / "fresh", [("a", "Axe", "")], fresh, **{"validation.max_days_stale": 7})
-    older = good(10, start=NOW - 86_400)
-    with pytest.raises(DataError, match="days older than the previous run's"):
-        validate(tmp_path / "fresh", [("a", "Axe", "")], older, **{"validation.max_days_stale": 7})
+
+
+def test_a_log_that_goes_back_in_time_fails_however_old_it_is(tmp_path: Path) -> None:
+    items = [("a", "Axe", "")]
+    validate(tmp_path, items, good(10))
+    validate(tmp_path, [*items, ("b", "Bell", "")], good(10))  # the same newest event is not older
+    with pytest.raises(DataError) as error:
+        validate(tmp_path, items, good(9))
+    assert error.value.first_line == (
+        "interactions: the newest event (2020-09-13 12:26:48 UTC) is older than the previous run's "
+        "(2020-09-13 12:26:49 UTC)"
+    )
+    assert "validation.max_days_behind_previous" in str(error.value)
+    validate(tmp_path, items, good(9), **{"validation.max_days_behind_previous": 1})
+
+
+def test_an_order_that_stands_in_for_times_cannot_go_back(tmp_path: Path) -> None:
+    columns = {"data.columns": {"texts": ["title", "brand"], "timestamp": ""}}
+    validate(tmp_path, [("a", "Axe", "")], good(10), **columns)
+    validate(tmp_path, [("a", "Axe", "")], good(9), **columns)
+
+
+def test_checks_of_the_whole_log_say_their_value_and_unit(tmp_path: Path) -> None:
+    validate(tmp_path, [("a", "Axe", "")], good(100))
+    sets = {"validation.max_days_stale": 36_500}
+    output = validate(tmp_path, [("a", "Axe", "")], good(100), **sets)
+    report = {entry["name"]: entry for entry in json.loads((output / "validation.json").read_text())}
+    found = {
+        name: tuple(report[name][key] for key in ("unit", "least", "most"))
+        for name in ("some_rows", "volume", "freshness", "newer_than_previous")
+    }
+    assert found == {
+        "some_rows": ("rows", 1, None),
+        "volume": ("% of the previous run's rows", 50.0, None),
+        "freshness": ("days old", None, 36_500),
+        "newer_than_previous": ("days behind the previous run", None, 0.0),
+    }
+    assert (report["some_rows"]["value"], report["volume"]["value"]) == (100, 100.0)
+    assert 365 < report["freshness"]["value"] < 36_500
+    assert report["newer_than_previous"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "says"),
+    [
+        ("interactions", lambda t: t.drop_columns(["label"]), "label is missing"),
+        (
+            "interactions",
+            lambda t: t.set_column(2, "timestamp", t["timestamp"].cast("double")),
+            "timestamp is double, not int64",
+        ),
+        ("interactions", lambda t: t.append_column("more", t["user_id"]), "more is not ours"),
+        ("items", lambda t: t.drop_columns(["item_id"]), "item_id is missing"),
+        ("items", lambda t: t.drop_columns(["brand"]), "brand is missing"),
+        (
+            "items",
+            lambda t: t.set_column(1, "title", pa.array([1] * t.num_rows)),
+            "title is int64, not string",
+        ),
+    ],
+)
+def test_columns_that_ingest_would_not_write_are_named(
+    tmp_path: Path, table: str, change: Callable[[pa.Table], pa.Table], says: str
+) -> None:
+    items = write_csv(tmp_path / "i.csv", ["item_id", "title", "brand"], [("a", "Axe", "")])
+    log = write_csv(tmp_path / "l.csv", LOG, good(3))
+    settings = tiny_settings_for(tmp_path, items, log, **COLUMNS)
+    file = run_steps(settings, "ingest") / f"{table}.parquet"
+    changed = change(parquet.read_table(file))
+    parquet.write_table(changed, file)
+    context = context_of(settings, "validate")
+    with pytest.raises(DataError) as error:
+        run_validate(context)
+    assert f"{table} has columns that are missing or of the wrong type (e.g. '{says}')" in str(error.value)
+    assert (context.output / "data_docs" / "index.html").exists()
 
 
 def test_nothing_valid_is_an_error(tmp_path: Path) -> None:
@@ -262,6 +340,15 @@ def test_ids_join_whatever_their_type(tmp_path: Path) -> None:
     sets = {"data.columns": {"texts": ["title"]}}
     output = run_steps(tiny_settings_for(tmp_path, items, log, **sets), "ingest", "validate", "prepare")
     assert Prepared.open(output).event_items.tolist() == [0, 1, 2]
+
+
+def context_of(settings: Settings, name: str) -> Context:
+    """A step's context over inputs that were changed after they were finished."""
+    step, found, store = steps(settings)[name], keys(settings), Store(settings.run.root)
+    inputs = {need: store.folder(need, found[need]) for need in step.needs}
+    output = store.folder(name, found[name])
+    output.mkdir(parents=True)
+    return Context(settings, step, found[name], inputs, output, store)
 
 
 def tiny_settings_for(folder: Path, items: Path, log: Path, **sets: Any) -> Settings:

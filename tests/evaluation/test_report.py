@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hllm.artifacts import Manifest
+from hllm.errors import DataError
 from hllm.evaluation.examples import examples
 from hllm.evaluation.gate import judge
 from hllm.evaluation.measure import compare, entry, measure
 from hllm.evaluation.ranking import HeldOut, rank_by_popularity, rank_by_vectors, training_counts
 from hllm.evaluation.report import write_report
 from hllm.evaluation.report.charts import forest, nice_ticks, place_labels
+from hllm.evaluation.report.data import validation_rows
 from hllm.evaluation.report.item_map import first_category, principal_components
 from hllm.evaluation.report.steps import read_curves
 from hllm.evaluation.segments import segments
 from hllm.settings import Settings
+from hllm.steps import keys
 from tests.evaluation.world import prepare, random_histories, unit, write_table
+from tests.world import TinySource, run_steps, tiny_settings, write_csv, write_items
 
 EVIL = "<script>alert('x')</script> & \"Söhne\" 🎬"
 SETTINGS = Settings.model_validate({"evaluation": {"bootstrap": 50, "example_users": 4}})
@@ -51,8 +57,26 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.fixture(scope="module")
+def validation_json(tmp_path_factory):
+    """What the real step says of a log that names an unknown item, after a run without it."""
+    folder = tmp_path_factory.mktemp("validated")
+    log = [("u", "a", 1_600_000_000 + n) for n in range(200)]
+    items = write_items(folder / "items.parquet", item_id=["a"], title=["Axe"])
+    for events in (log, [*log, ("u", EVIL, 1_600_000_200)]):
+        path = write_csv(folder / f"{len(events)}.csv", ["user_id", "item_id", "timestamp"], events)
+        sets = {"data.columns": {"texts": ["title"]}, "validation.max_days_stale": 36_500}
+        settings = tiny_settings(folder, TinySource(items, path, [], []), **sets)
+        if events is log:
+            run_steps(settings, "ingest", "validate")
+        else:
+            with pytest.raises(DataError, match="1 of 201 rows name an item that the catalogue lacks"):
+                run_steps(settings, "ingest", "validate")
+    return Path(settings.run.root) / "validate" / keys(settings)["validate"] / "validation.json"
+
+
 @pytest.fixture
-def pieces(tmp_path):
+def pieces(tmp_path, validation_json):
     """Everything that a finished pipeline leaves behind, small; one title is hostile."""
     rng = np.random.default_rng(4)
     folders = {
@@ -81,13 +105,7 @@ def pieces(tmp_path):
     metrics = measure(SETTINGS, prepared, held_out, ranks, "hllm-2")
     shown = examples(SETTINGS, prepared, held_out, ranks["hllm-2"], users, items)
     (folders["evaluate"] / "examples.json").write_text(json.dumps(shown))
-    checks = [
-        {"name": "freshness", "table": "interactions", "column": "days", "passed": True}
-        | {"value": 3, "limit": None, "setting": "s", "says": "", "remedy": ""},
-        {"name": "unknown_item", "table": "interactions", "column": "item_id", "passed": False}
-        | {"failed": 214, "total": 100_000, "share": 0.00214, "limit": 0.001, "examples": [EVIL]},
-    ]
-    (folders["validate"] / "validation.json").write_text(json.dumps(checks))
+    shutil.copy(validation_json, folders["validate"])
     rows = [{"at": step, "loss": 7 - step / 100, "lr": 1e-3} for step in range(200)]
     rows[100]["valid_ndcg@10"] = 0.05
     (folders["train-hllm-2"] / "curves.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"at": 2')
@@ -170,8 +188,8 @@ def test_the_numbers_are_those_of_the_metrics(tmp_path, pieces):
 def test_it_shows_validation_examples_curves_map_and_cost(tmp_path, pieces):
     html, _ = page(tmp_path, pieces)
     text = Page(html).text
-    assert "1 of 2 expectations failed" in text
-    assert "214 of 100,000" in text
+    assert re.search(r"1 of \d+ expectations failed", text)
+    assert "1 of 201" in text
     assert text.index("unknown item") < text.index("freshness")
     assert text.count("chose ") >= 4
     assert "HLLM stage 2: training loss" in text
@@ -179,7 +197,38 @@ def test_it_shows_validation_examples_curves_map_and_cost(tmp_path, pieces):
     assert "first principal component" in text
     assert "7.4 M parameters, 200 steps, loss 7.000 to 5.000" in text
     assert "0.1003 USD" in text  # 3,612 seconds at 0.10 an hour
-    assert 'href="file:///docs/index.html"' in html
+
+
+def test_checks_of_the_whole_log_are_shown_in_their_units(tmp_path, pieces):
+    rows = {row["name"]: row for row in validation_rows(pieces["folders"]["validate"])}
+    shown = {name: (row["found"], row["limit"]) for name, row in rows.items()}
+    assert shown["unknown item"] == ("1 of 201", "at most 0.10%")
+    assert shown["some rows"] == ("200 rows", "at least 1 rows")
+    assert shown["volume"] == (
+        "100 % of the previous run's rows",
+        "at least 50 % of the previous run's rows",
+    )
+    assert shown["newer than previous"] == (
+        "0 days behind the previous run",
+        "at most 0 days behind the previous run",
+    )
+    age, limit = shown["freshness"]
+    assert re.fullmatch(r"\d,\d{3} days old", age)
+    assert limit == "at most 36,500 days old"
+    text = Page(page(tmp_path, pieces)[0]).text
+    assert all(part in text for pair in shown.values() for part in pair)
+    assert rows["unknown item"]["examples"] == [EVIL]
+
+
+def test_the_data_docs_are_a_place_in_words_and_a_link_only_where_one_can_work(tmp_path, pieces):
+    settings = Settings.model_validate({"run": {"root": "s3://bucket/runs"}, "evaluation": {"bootstrap": 50}})
+    pieces["manifests"]["validate"] = manifest("validate", 1.0, {}, {})
+    html, _ = page(tmp_path, pieces, settings)
+    assert "the Data Docs at s3://bucket/runs/validate/key/data_docs/index.html" in Page(html).text
+    assert "file:" not in html
+    html, _ = page(tmp_path, pieces, settings, links={"Data Docs": "https://docs.example/index.html"})
+    assert html.count('href="https://docs.example/index.html"') == 2
+    assert "the Data Docs at" not in html
 
 
 def test_every_chart_has_a_title_and_a_description(tmp_path, pieces):

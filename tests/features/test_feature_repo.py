@@ -12,7 +12,7 @@ from hllm.features.publish import publication_folder, publish
 from hllm.features.request import request_table
 from hllm.features.store import describe
 from hllm.features.verify import verify
-from hllm.settings import Settings
+from hllm.settings import Settings, load
 from tests.features.world import online, register, settings_for, write_export
 
 REPO = Path(__file__).parents[2] / "feature_repo"
@@ -57,6 +57,31 @@ def test_the_example_ignores_a_champion_whose_vectors_are_not_there(serving):
     assert example.serving_service(store, "hllm") == "hllm_v1"
     client(serving).delete_registered_model_alias("hllm", "champion")
     assert example.serving_service(store, "hllm") == "hllm_v1"
+    with pytest.raises(SystemExit, match="No version of unheard_of serves yet"):
+        example.serving_service(store, "unheard_of")
+
+
+def test_the_example_says_what_to_do_when_nothing_serves(tmp_path):
+    settings = settings_for(tmp_path)
+    version = register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / "key"))
+    publish(settings, str(version))
+    done = _run_example(settings, "--user", "u50", "--items", "i30")
+    assert done.returncode == 1
+    assert done.stderr == "No version of hllm serves yet: approve one in Airflow, or run `hllm promote`.\n"
+
+
+def test_every_shipped_configuration_has_a_model_and_stores_of_its_own():
+    """Otherwise a candidate is compared with the champion of another data set."""
+    found = [load(path, environ={}) for path in sorted((REPO.parent / "configs").rglob("*.toml"))]
+    assert len(found) >= 3
+    for setting in (
+        "mlflow.model_name",
+        "feast.project",
+        "feast.online_url",
+        "feast.offline_path",
+        "run.root",
+    ):
+        assert len({settings.at(setting) for settings in found}) == len(found), setting
 
 
 def test_the_example_is_short():
@@ -94,6 +119,13 @@ def test_feast_apply_deletes_nothing_that_was_published(serving):
 
 
 def _read_features(settings, *arguments: str) -> str:
+    done = _run_example(settings, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def _run_example(settings, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         REPO / "read_features.py",
@@ -102,7 +134,4 @@ def _read_features(settings, *arguments: str) -> str:
         *arguments,
     ]
     quiet = {**os.environ, "FEAST_USAGE": "False"}
-    done = subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    return subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=120)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from hllm.errors import DataError
+from hllm.errors import ConfigError, DataError
 from hllm.features.publish import publication_folder, publish
 from tests.features.world import ODD_IDS, online, register, settings_for, tags_of, vectors, write_export
 
@@ -145,6 +145,37 @@ def test_a_version_is_never_overwritten_by_other_data(published, tmp_path):
     set_tags(published, 1, {"export": first, "publication": "published"})
 
 
+def test_a_feast_project_belongs_to_one_registered_model(published):
+    other = published.model_copy(
+        update={"mlflow": published.mlflow.model_copy(update={"model_name": "another"})}
+    )
+    version = register(other, Path(published.run.root) / "embed-hllm-3" / "key0")
+    with pytest.raises(
+        ConfigError, match="hllm_user_v1 belongs to the registered model hllm, not to another"
+    ):
+        publish(other, str(version))
+
+
+def test_projects_that_share_their_stores_do_not_touch_each_other(tmp_path):
+    from hllm.features.verify import verify
+
+    both = []
+    for project in ("shop", "books"):
+        settings = settings_for(tmp_path, project=project)
+        settings = settings.model_copy(
+            update={
+                "run": settings.run.model_copy(update={"root": str(tmp_path / project)}),
+                "mlflow": settings.mlflow.model_copy(update={"model_name": project}),
+            }
+        )
+        export = write_export(tmp_path / project / "embed-hllm-3" / "key", seed=len(project))
+        assert register(settings, export) == 1
+        publish(settings, "1")
+        both.append(settings)
+    for settings in both:
+        verify(settings, "1")
+
+
 def test_a_vector_that_is_not_finite_is_never_published(tmp_path):
     def spoil(users, items):
         users[33, 2] = np.nan
@@ -180,7 +211,8 @@ def test_killed_in_the_middle_then_again_equals_an_uninterrupted_publication(tmp
     assert _rows(settings.feast.online_url) == _rows(whole.feast.online_url)
     for name in ("hllm_user_v1", "hllm_item_v1"):
         one, two = (
-            parquet.read_table(f"{place.feast.offline_path}/{name}.parquet") for place in (settings, whole)
+            parquet.read_table(f"{place.feast.offline_path}/hllm_{name}.parquet")
+            for place in (settings, whole)
         )
         columns = [column for column in one.column_names if column not in ("event_timestamp", "created")]
         assert one.select(columns).equals(two.select(columns))

@@ -95,7 +95,8 @@ def register(settings: Settings, export: Path) -> int:
     registry, model = client(settings), settings.mlflow.model_name
     with contextlib.suppress(MlflowException):  # an earlier version made it
         registry.create_registered_model(model)
-    tags = {"gate": "passed", "publication": "absent", "export": str(export)}
+    pipeline = {"pipeline": export.name, "export": str(export)}
+    tags = {"gate": "passed", "publication": "absent", **pipeline}
     return int(registry.create_model_version(model, source=str(export), tags=tags).version)
 
 

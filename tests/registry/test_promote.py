@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -110,6 +113,94 @@ def test_rollback_walks_back_version_by_version(settings: Settings) -> None:
     assert "rolled_back_by" not in again.tags
 
 
+KILLED = """
+import os, sys
+from hllm.registry import promote, versions
+from hllm.settings import Settings
+move = versions.set_alias
+def die(*args):
+    if sys.argv[2] == "after":
+        move(*args)
+    os.kill(os.getpid(), 9)
+versions.set_alias = die
+promote.promote(Settings.model_validate_json(sys.argv[1]), "3", by="ada", note="better")
+"""
+
+
+def promote_and_kill(settings: Settings, when: str) -> None:
+    """Versions 1 and 2 have served; a process ends by SIGKILL before or after it moves `champion` to 3."""
+    for number in (1, 2):
+        stand(settings)
+        promote(settings, str(number), by="ada")
+    stand(settings)
+    argv = [sys.executable, "-c", KILLED, settings.model_dump_json(), when]
+    assert subprocess.run(argv, timeout=120, check=False).returncode == -9
+
+
+def test_rollback_after_a_promotion_killed_before_the_alias_moved_keeps_the_champion(
+    settings: Settings,
+) -> None:
+    promote_and_kill(settings, "before")
+    assert serving(settings) == 2
+    assert rollback(settings, by="bob", note="it died").version == serving(settings) == 2
+    third = versions.registered_version(settings, "3")
+    assert (third.tags["decision"], third.tags["rolled_back_by"]) == ("rolled back", "bob")
+    change = json.loads(versions.model_tags(settings)["hllm.last_change"])
+    assert (change["action"], change["from"], change["to"]) == ("rolled back", 3, 2)
+    assert rollback(settings, by="bob").version == 1  # and from here on as ever
+
+
+def test_a_promotion_killed_after_the_alias_moved_is_finished_by_the_same_command(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote_and_kill(settings, "after")
+    assert serving(settings) == 3
+    capsys.readouterr()
+    promote(settings, "3", by="ada")
+    assert "champion of hllm moved from version 2 to version 3" in capsys.readouterr().out
+    assert versions.model_tags(settings)["hllm.serving_version"] == "3"
+    client = server.client(settings)
+    (experiment,) = client.search_experiments(filter_string="name = 'shop'")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    parent = next(run for run in runs if run.data.tags.get("hllm.pipeline") == "pipeline3")
+    of_third = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert [run.info.status for run in of_third] == ["KILLED", "FINISHED"]
+    assert parent.info.status == "FINISHED"
+    assert rollback(settings, by="bob").version == 2
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_unfinished_change_is_settled_by_rollback(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    real = versions.set_alias
+
+    def die(*args: Any) -> None:
+        if moved:
+            real(*args)
+        raise Killed
+
+    for number in (1, 2, 3):
+        stand(settings)
+        if number < 3:
+            promote(settings, str(number), by="ada")
+    monkeypatch.setattr(versions, "set_alias", die)
+    with pytest.raises(Killed):
+        promote(settings, "3", by="ada")
+    monkeypatch.setattr(versions, "set_alias", real)
+    assert rollback(settings, by="bob").version == serving(settings) == 2
+    monkeypatch.setattr(versions, "set_alias", die)
+    with pytest.raises(Killed):
+        rollback(settings, by="bob")
+    monkeypatch.setattr(versions, "set_alias", real)
+    assert rollback(settings, by="bob").version == serving(settings) == 1  # finishes what was begun
+    assert versions.model_tags(settings)["hllm.serving_version"] == "1"
+
+
 def test_rollback_to_a_version_that_is_not_published_is_refused(settings: Settings) -> None:
     stand(settings, publication="absent")
     stand(settings)
@@ -184,6 +275,31 @@ def test_a_rejection_keeps_its_reason_and_the_version_is_no_candidate(settings: 
     assert info.tags["decision"] == "rejected"
     assert (info.tags["decided_by"], info.tags["decided_at"]) == ("ada", moment)
     assert info.tags["decision_note"] == "worse on new users"
+
+
+def test_a_rejected_version_needs_a_new_approval_and_its_rejection_stays_on_record(
+    settings: Settings,
+) -> None:
+    stand(settings)
+    reject(settings, "1", by="ada", note="worse on new users", at="2026-03-01T12:00:00+00:00")
+    for refused in (
+        lambda: promote(settings, "1", by="bob"),
+        lambda: promote(settings, "1", by="bob", at="2026-03-01T11:00:00+00:00"),  # an earlier approval
+        lambda: rollback(settings, "1", by="bob"),
+    ):
+        with pytest.raises(
+            GateError, match=r"was rejected by ada at 2026-03-01T12.*worse on new users"
+        ) as error:
+            refused()
+        assert "hllm promote --version 1 --by WHO --at WHEN" in str(error.value)
+    assert versions.champion(settings) is None
+    assert versions.registered_version(settings, "1").tags["decided_by"] == "ada"
+
+    info = promote(settings, "1", by="bob", note="the new users were bots", at="2026-03-02T09:00:00+00:00")
+    assert (info.tags["decision"], info.tags["decided_by"]) == ("approved", "bob")
+    assert (info.tags["rejected_by"], info.tags["rejected_note"]) == ("ada", "worse on new users")
+    assert info.tags["rejected_at"] == "2026-03-01T12:00:00+00:00"
+    assert serving(settings) == 1
 
 
 def test_the_champion_cannot_be_rejected(settings: Settings) -> None:

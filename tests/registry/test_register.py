@@ -12,6 +12,7 @@ import pytest
 
 from hllm.artifacts import Store
 from hllm.errors import DataError, GateError
+from hllm.plan import RELEASE, plan
 from hllm.registry import register as register_module
 from hllm.registry import server, versions
 from hllm.registry.promote import promote
@@ -19,6 +20,7 @@ from hllm.registry.register import register
 from hllm.settings import Settings
 from hllm.steps import keys, pipeline_key, steps
 from tests import world
+from tests.conftest import free_port
 from tests.registry.conftest import Server
 
 Sets = dict[str, Any]
@@ -172,23 +174,35 @@ def test_registering_twice_keeps_one_version(
     assert len(versions.all_versions(settings)) == 1
 
 
-@pytest.mark.parametrize("last", ["log_package", "_create", "_point_candidate", "_keep_record"])
+KILLED = """
+import os, sys
+from hllm.registry import register
+from hllm.settings import Settings
+real = getattr(register, sys.argv[2])
+def then_die(*args, **named):
+    real(*args, **named)
+    os.kill(os.getpid(), 9)
+setattr(register, sys.argv[2], then_die)
+register.register(Settings.model_validate_json(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "log_package",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("_create", "_point_candidate", "_keep_record")
+        ),
+    ],
+)
 def test_a_registration_that_was_killed_is_completed_by_the_next(
-    pipeline: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, last: str
+    pipeline: Callable[..., Settings], last: str
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    settings, real = pipeline(), getattr(register_module, last)
-
-    def then_die(*args: Any, **named: Any) -> None:
-        real(*args, **named)
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(register_module, last, then_die)
-        with pytest.raises(Killed):
-            register(settings)
+    settings = pipeline()
+    argv = [sys.executable, "-c", KILLED, settings.model_dump_json(), last]
+    assert subprocess.run(argv, timeout=180, check=False, stdout=subprocess.DEVNULL).returncode == -9
     assert register(settings).version == 1
     info = versions.registered_version(settings)
     assert info.aliases == ("candidate",)
@@ -197,6 +211,64 @@ def test_a_registration_that_was_killed_is_completed_by_the_next(
     client = server.client(settings)
     models = client.search_logged_models([client.get_run(info.run_id).info.experiment_id])
     assert len(models) == 1
+    children = runs(settings, "register")
+    assert [run.info.status for run in children] == (
+        ["FINISHED"] if last == "_keep_record" else ["KILLED", "FINISHED"]
+    )
+    assert client.get_run(info.run_id).info.status == "FINISHED"
+
+
+def runs(settings: Settings, step: str) -> list[Any]:
+    client = server.client(settings)
+    experiment = client.get_experiment_by_name(settings.run.name)
+    assert experiment is not None
+    return list(
+        client.search_runs(
+            [experiment.experiment_id], f"tags.`hllm.step` = '{step}'", order_by=["attributes.start_time ASC"]
+        )
+    )
+
+
+def test_everything_after_the_evaluation_is_a_run_of_the_pipeline_and_in_the_plan(
+    pipeline: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hllm.features.publish import publish as publish_for_real
+    from hllm.features.verify import verify
+
+    def states() -> dict[str, str]:
+        capsys.readouterr()
+        plan(settings)
+        lines = capsys.readouterr().out.splitlines()
+        found = {line.split()[0]: line for line in lines if line.split()}
+        return {name: " ".join(found[name].split()[1:-2]) for name in RELEASE}
+
+    settings = pipeline(**{"feast.verify_sample": 60})
+    assert states() == {name: f"after {before}" for name, before in RELEASE.items()}
+    info = register(settings)
+    assert states()["register"] == "done: version 1, gate passed"
+    assert states()["publish"] == "after approval"
+    publish_for_real(settings)
+    assert (states()["publish"], states()["verify"]) == ("done", "to do")
+    verify(settings)
+    assert (states()["verify"], states()["promote"]) == ("done", "to do")
+    promote(settings, by="ada")
+    assert states()["promote"] == "done: it serves"
+    client = server.client(settings)
+    for step in RELEASE:
+        (run,) = runs(settings, step)
+        assert run.data.tags["mlflow.parentRunId"] == info.run_id
+        assert run.info.status == "FINISHED"
+    assert runs(settings, "publish")[0].data.metrics["rows.users"] == 40
+    assert "40 users and 60 items bit for bit" in runs(settings, "verify")[0].data.tags["hllm.checked"]
+    assert runs(settings, "promote")[0].data.params["decided_by"] == "ada"
+    assert client.get_run(info.run_id).info.status == "FINISHED"
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    plan(settings)
+    said = capsys.readouterr().out
+    assert said.count("unknown") == 5
+    assert "unknown: http://127.0.0.1" in said
+    assert "MLflow does not answer" in said
 
 
 def test_a_failed_gate_is_an_error_after_the_version_stands_and_says_why(

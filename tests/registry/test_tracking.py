@@ -11,7 +11,7 @@ import pytest
 
 from hllm.artifacts import Manifest, Store
 from hllm.errors import ConfigError, DataError, InfraError, Terminated
-from hllm.registry import server, tracking
+from hllm.registry import server, tracking, versions
 from hllm.registry.tracking import child_run
 from hllm.settings import Mlflow, Settings
 from tests.conftest import free_port
@@ -148,6 +148,45 @@ def test_a_killed_step_is_found_and_closed_by_the_next_one(settings: Settings) -
     with child_run(settings, PIPELINE, "prepare", {}):
         pass
     assert [run.info.status for run in runs(settings)[1]] == ["KILLED", "FINISHED"]
+
+
+def version_from(settings: Settings, run_id: str) -> versions.VersionInfo:
+    tags = {"pipeline": PIPELINE}
+    return versions.VersionInfo("hllm", 7, run_id, "", "", tags, ())
+
+
+def test_a_step_on_a_version_is_a_child_of_the_run_it_came_from(settings: Settings) -> None:
+    with child_run(settings, PIPELINE, "evaluate", {}) as tracker:
+        parent = tracker.parent
+    elsewhere = settings.model_copy(update={"run": settings.run.model_copy(update={"name": "other"})})
+    with tracking.version_run(elsewhere, version_from(settings, parent), "verify", {"by": "ada"}) as tracker:
+        tracker.note({"hllm.checked": "all of it"})
+        assert tracker.parent == parent
+    parents, children = runs(settings)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert children[1].data.params == {"version": "7", "by": "ada"}
+    assert children[1].data.tags["hllm.checked"] == "all of it"
+
+
+def test_a_version_whose_run_somebody_deleted_can_still_be_released(settings: Settings) -> None:
+    with child_run(settings, PIPELINE, "evaluate", {}) as tracker:
+        deleted = tracker.parent
+    server.client(settings).delete_run(deleted)
+    with tracking.version_run(settings, version_from(settings, deleted), "promote", {}) as tracker:
+        assert tracker.parent != deleted
+    assert runs(settings)[0][0].info.status == "FINISHED"
+
+
+def test_pages_of_a_local_store_are_where_somebody_shows_them(settings: Settings) -> None:
+    """`make ui` takes the next free port when 5000 is taken."""
+    assert server.page_root(settings) == ""
+    argv = ["mlflow", "server", "--port", "5003", "--backend-store-uri", settings.mlflow.tracking_uri]
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *argv])
+    try:
+        assert server.page_root(settings) == "http://127.0.0.1:5003/"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_deleted_experiment_is_named(settings: Settings) -> None:

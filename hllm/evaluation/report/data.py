@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from hllm.artifacts import Manifest
+from hllm.artifacts import Manifest, Store
 from hllm.data.prepared import Prepared
+from hllm.data.readers import has_times
 from hllm.evaluation.report.charts import day, timeline
 from hllm.settings import Settings
 
@@ -50,7 +51,7 @@ def data_summary(
         ("item text", f"{tokens.mean():,.0f} tokens", f"on average, at most {tokens.max():,}"),
     ]
     chart = None
-    if not has_times(settings):
+    if not has_times(settings.data):
         rows.append(("time", "order only", "the log has no times: its order stands in for them"))
     else:
         first, last = int(prepared.event_times.min()), int(prepared.event_times.max())
@@ -68,11 +69,6 @@ def data_summary(
     return {"rows": rows, "chart": chart}
 
 
-def has_times(settings: Settings) -> bool:
-    data = settings.data
-    return data.source != "amazon" and not (data.source == "table" and not data.columns.timestamp)
-
-
 def events_over_time(times_E: np.ndarray) -> Markup:
     """Whole days, weeks, ... so that there are at most some fifty bars."""
     first = int(times_E.min()) // 86_400
@@ -88,34 +84,50 @@ def events_over_time(times_E: np.ndarray) -> Markup:
 
 
 def validation_rows(folder: Path | None) -> list[dict[str, Any]]:
-    """validation.json as a table: failures first, then what had rows to complain about, then the rest."""
+    """validation.json as a table: failures first, then what had rows to complain about, then the rest.
+
+    A rule found so many rows of a table; a check of the log as a whole found a value in its unit.
+    """
     path = folder / "validation.json" if folder else None
     if path is None or not path.exists():
         return []
     rows = []
     for check in json.loads(path.read_text("utf-8")):
-        failed, total = check.get("failed"), check.get("total")
-        if total is not None:
-            found, limit = f"{failed:,} of {total:,}", f"{check['limit']:.2%}"
+        if "unit" in check:
+            found, limit = f"{_number(check['value'])} {check['unit']}", _bounds(check)
         else:
-            found, limit = _plain(check.get("value")), _plain(check.get("limit"))
+            found, limit = f"{check['failed']:,} of {check['total']:,}", f"at most {check['limit']:.2%}"
         rows.append(
             {
                 "name": check["name"].replace("_", " "),
                 "table": check["table"],
-                "column": check.get("column") or "",
+                "column": check["column"],
                 "passed": bool(check["passed"]),
                 "found": found,
                 "limit": limit,
-                "setting": check.get("setting", ""),
+                "setting": check["setting"],
                 "examples": [str(example) for example in check.get("examples", [])][:3],
-                "rank": 0 if not check["passed"] else 1 if failed else 2,
+                "rank": 0 if not check["passed"] else 1 if check.get("failed") else 2,
             }
         )
     return sorted(rows, key=lambda row: row["rank"])
 
 
-def _plain(value: Any) -> str:
-    if value is None:
-        return "not checked"
-    return f"{value:,.4g}" if isinstance(value, int | float) else str(value)
+def _bounds(check: Mapping[str, Any]) -> str:
+    """`at least 50 % of the previous run's rows`."""
+    bounds = {"at least": check["least"], "at most": check["most"]}
+    return " and ".join(
+        f"{word} {_number(bound)} {check['unit']}" for word, bound in bounds.items() if bound is not None
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:,.3g}"
+
+
+def docs_location(settings: Settings, manifests: Mapping[str, Manifest]) -> str:
+    """Where the Data Docs lie, as a person finds them: they stay in the output of `validate`."""
+    if "validate" not in manifests:
+        return ""
+    output = Store(settings.run.root).location("validate", manifests["validate"].key)
+    return f"{output}/data_docs/index.html"

@@ -14,7 +14,7 @@ from typing import Any
 from hllm.artifacts import Manifest, write_atomically
 from hllm.evaluation.gate import Verdict
 from hllm.evaluation.names import metric_name
-from hllm.evaluation.report.data import data_summary, validation_rows
+from hllm.evaluation.report.data import data_summary, docs_location, validation_rows
 from hllm.evaluation.report.figures import (
     comparisons,
     figure_table,
@@ -45,7 +45,7 @@ def write_report(
     models = models_in_order(metrics, champion)
     against = comparisons(metrics, champion)
     validation = validation_rows(folders.get("validate"))
-    links = {name: url for name, url in links.items() if _is_safe(url)}
+    links = {name: url for name, url in links.items() if _leads_somewhere(url)}
     other = "unfiltered" if metrics["headline"] == "filtered" else "filtered"
     values = {
         "name": settings.run.name,
@@ -66,6 +66,7 @@ def write_report(
         "data": data_summary(settings, folders, manifests),
         "validation": validation,
         "docs": next((url for name, url in links.items() if "docs" in name.lower()), ""),
+        "docs_location": docs_location(settings, manifests),
         "map": _map(settings, folders),
         "examples": _examples(folders),
         "costs": cost_table(settings, manifests),
@@ -132,7 +133,8 @@ def _examples(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     return json.loads(path.read_text("utf-8")) if path and path.exists() else []
 
 
-def _is_safe(url: str) -> bool:
-    """A link may lead to a page or a file, never run something."""
+def _leads_somewhere(url: str) -> bool:
+    """A link may lead to a page, never run something. A file of the machine that made the report is none:
+    the report is read in MLflow, from S3, on other machines."""
     scheme = url.partition(":")[0].lower()
-    return scheme in ("http", "https", "file") or ":" not in url.split("/")[0]
+    return scheme in ("http", "https") or ":" not in url.split("/")[0]

@@ -41,7 +41,7 @@ def offline_file(settings: Settings, entity: Entity, version: int) -> str:
 
 
 def offline_relation(settings: Settings, entity: Entity, version: int) -> str:
-    """The PostgreSQL table behind a view. Feast's online table, PROJECT_VIEW, may lie in the same database."""
+    """The view's PostgreSQL table. Feast's online table, PROJECT_VIEW, may be in the same database."""
     return f"{settings.feast.project}_{view_name(entity, version)}_offline"
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 from hllm.artifacts import download, is_s3, upload
 from hllm.features.export import Batch, Entity, Export
 from hllm.features.store import PASSWORD, postgres
-from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_name
+from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_relation
 from hllm.settings import Settings
 
 BATCH_ROWS = 20_000
@@ -28,7 +28,7 @@ def write_offline(
     Written from the beginning each time: it takes a small part of what the online store takes."""
     tables = (offline_table(batch, version, at) for batch in export.batches(entity, BATCH_ROWS))
     if settings.feast.offline == "postgres":
-        _write_postgres(settings, offline_name(settings, entity, version), tables)
+        _write_postgres(settings, offline_relation(settings, entity, version), tables)
         return
     target = offline_file(settings, entity, version)
     local = scratch / Path(target).name if is_s3(target) else Path(target)
@@ -68,7 +68,7 @@ def offline_table(batch: Batch, version: int, at: datetime) -> pa.Table:
 def count_offline(settings: Settings, entity: Entity, version: int, scratch: Path) -> int:
     """Rows of the offline table, 0 when there is none."""
     if settings.feast.offline == "postgres":
-        return _count_postgres(settings, offline_name(settings, entity, version))
+        return _count_postgres(settings, offline_relation(settings, entity, version))
     target = offline_file(settings, entity, version)
     path = download(target, scratch / Path(target).name) if is_s3(target) else Path(target)
     return parquet.ParquetFile(path).metadata.num_rows if path.exists() else 0

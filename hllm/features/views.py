@@ -37,12 +37,12 @@ def offline_file(settings: Settings, entity: Entity, version: int) -> str:
     """The Parquet file (local or S3) behind a view. Projects may share the folder: each has its own names."""
     root = settings.feast.offline_path
     folder = root.rstrip("/") if is_s3(root) else str(Path(root).absolute())
-    return f"{folder}/{offline_name(settings, entity, version)}.parquet"
+    return f"{folder}/{settings.feast.project}_{view_name(entity, version)}.parquet"
 
 
-def offline_name(settings: Settings, entity: Entity, version: int) -> str:
-    """The offline table behind a view, called as Feast calls the online one."""
-    return f"{settings.feast.project}_{view_name(entity, version)}"
+def offline_relation(settings: Settings, entity: Entity, version: int) -> str:
+    """The view's PostgreSQL table. Feast's online table, PROJECT_VIEW, may be in the same database."""
+    return f"{settings.feast.project}_{view_name(entity, version)}_offline"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _view(settings: Settings, entity: Entity, key: Any, version: int, tags: Mapp
 def _source(settings: Settings, entity: Entity, version: int) -> Any:
     name = view_name(entity, version)
     if settings.feast.offline == "postgres":
-        table = offline_name(settings, entity, version)
+        table = offline_relation(settings, entity, version)
         from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source import PostgreSQLSource
 
         return PostgreSQLSource(

@@ -13,12 +13,14 @@ from hllm.settings import Settings
 from tests.world import TinySource, tiny_settings, write_items
 
 MEASURE = """
-import json, resource, sys
+import json, re, sys
+from pathlib import Path
 from hllm.settings import Settings
 from tests.world import run_steps
 
 run_steps(Settings.model_validate(json.loads(sys.argv[1])), sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# Not getrusage: its peak starts from that of the process that started this one.
+print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
 """
 
 

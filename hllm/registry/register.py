@@ -245,9 +245,6 @@ def _write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     pages = server.page_root(settings)
     links = {"MLflow run": pages + page} if pages else {}
-    documents = finished.folders["validate"] / "data_docs" / "index.html"
-    if documents.exists():
-        links["Data Docs"] = documents.resolve().as_uri()
     write_report(
         path,
         settings=settings,

@@ -1,6 +1,6 @@
 """Are pretrained weights loaded, and what are they worth? SmolLM2's first layers beside a random start.
 
-    python benchmarks/pretrained.py [--config FILE] [--set a.b=c ...] [--prepared FOLDER] [--steps 60]
+    python benchmarks/pretrained.py [--config FILE] [--set a.b=c ...] [--prepared FOLDER] [--steps 40]
 
 One settings file (the demo's, unless told), twice, with nothing different but `model.item_llm.pretrained`
 (the whitening is of each start's own vectors): the loss on the very same first batch, then Recall@50 and
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="settings file")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
     parser.add_argument("--prepared", type=Path, help="output folder of `hllm prepare` with these settings")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     steps = 2 if args.quick else args.steps

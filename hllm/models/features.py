@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.models.history import UNKNOWN_TIME, History
@@ -49,18 +50,17 @@ class TimeEmbedding(nn.Module):
         self.precision, self.part_width = precision, part_width
         parts = PARTS.index(precision) + 1
         self.tables = nn.ModuleList(nn.Embedding(size, part_width) for size in SIZES[:parts])
-        self.mlp = nn.Sequential(nn.Linear(parts * part_width, width), nn.SiLU(), nn.Linear(width, width))
-        last = self.mlp[-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.inner, self.outer = nn.Linear(parts * part_width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
 
     def forward(self, times_T: npt.NDArray[np.int64]) -> Tensor:
         """(T,) seconds UTC -> (T, D); zeros where the time is unknown."""
-        device = self.tables[0].weight.device
+        device = self.outer.weight.device
         parts_TP = torch.from_numpy(calendar(times_T)).to(device)
         parts = [table(parts_TP[:, part]) for part, table in enumerate(self.tables)]
         known_T = torch.from_numpy(times_T != UNKNOWN_TIME).to(device)
-        return self.mlp(torch.cat(parts, -1)) * known_T[:, None]
+        return self.outer(F.silu(self.inner(torch.cat(parts, -1)))) * known_T[:, None]
 
 
 class EventFeatures(nn.Module):

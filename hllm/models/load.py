@@ -23,7 +23,7 @@ from hllm.models.recommender import Recommender, UserModel
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Settings
 
-ID_USERS = {"sasrec": SASRecUser, "hstu": HSTUUser}
+ID_USERS: dict[str, type[SASRecUser] | type[HSTUUser]] = {"sasrec": SASRecUser, "hstu": HSTUUser}
 SHAPE, ITEM, USER = "model.json", "item.safetensors", "user.safetensors"
 WHITENING_ITEMS = 8_192
 """Items whose vectors decide how the whitening projection starts; more than any width needs."""

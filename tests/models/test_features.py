@@ -40,7 +40,7 @@ def test_years_far_away_become_the_nearest_known():
 def test_precision_decides_what_is_seen(part: int):
     torch.manual_seed(0)
     embedding = TimeEmbedding(PARTS[part], 4, 8)
-    torch.nn.init.normal_(embedding.mlp[-1].weight)
+    torch.nn.init.normal_(embedding.outer.weight)
     step = {"month": 31 * 86400, "day": 86400, "hour": 3600, "minute": 60, "second": 1}
     moment = int(datetime(2021, 3, 4, 5, 6, 7, tzinfo=UTC).timestamp())
     one, finer, coarser = embedding(np.array([moment, moment + 1, moment + step[PARTS[part]]]))
@@ -52,7 +52,7 @@ def test_what_is_unknown_adds_nothing_and_what_is_known_learns():
     torch.manual_seed(0)
     features = EventFeatures(8, "day", 4, items=5)
     torch.nn.init.normal_(features.ids)
-    torch.nn.init.normal_(features.time.mlp[-1].weight)
+    torch.nn.init.normal_(features.time.outer.weight)
     history = History(
         Packing(np.array([4])),
         np.array([2, UNKNOWN_ITEM, 7, 4]),

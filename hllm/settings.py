@@ -129,9 +129,9 @@ class Prepare(Section):
 
 class Decoder(Section):
     backbone: str = ""
-    """A local folder, a hub name, or a .gguf file that `transformers` loads as a decoder; `package:NAME/FILE`
-    finds a file inside an installed Python package. Empty: the small random decoder given by width, heads and
-    layers."""
+    """A local folder, a hub name, or a .gguf file that `transformers` loads as a decoder (the Item tower also
+    takes BERT and what has its shape); `package:NAME/FILE` finds a file or folder inside an installed Python
+    package. Empty: the small random decoder given by width, heads and layers."""
     pretrained: bool = True
     """Load the backbone's weights; false keeps its shape and starts at random."""
     frozen: bool = False

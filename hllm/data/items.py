@@ -33,8 +33,10 @@ def write_items(
     """items.parquet, token_ids and token_offsets; a batch of items in memory at a time."""
     from hllm.models.backbone import tokenizer_for
 
-    encode = tokenizer_for(backbone).encode_batch
-    _require_room_for_text(encode, settings)
+    tokenizer = tokenizer_for(backbone)
+    encode, (before, after) = tokenizer.encode_batch, tokenizer.frame
+    room = settings.max_tokens - len(before) - len(after)
+    _require_room_for_text(encode, settings, room)
     lengths: list[int] = []
     truncated = 0
     with pa.parquet.ParquetFile(source) as file, (scratch / "tokens.bin").open("wb") as tokens:
@@ -56,8 +58,8 @@ def write_items(
                 values = list(_cleaned(batch, fields))
                 texts = [join(item, settings) for item in values]
                 for ids in encode([settings.prompt + text for text in texts]):
-                    truncated += len(ids) > settings.max_tokens
-                    kept = ids[: settings.max_tokens]
+                    truncated += len(ids) > room
+                    kept = [*before, *ids[:room], *after]
                     lengths.append(len(kept))
                     tokens.write(np.asarray(kept, np.int32).tobytes())
                 columns: dict[str, Any] = {
@@ -101,12 +103,12 @@ def _cleaned(batch: pa.RecordBatch, fields: list[str]) -> Iterator[dict[str, str
         yield {name: clean(value) for name, value in zip(fields, values, strict=True)}
 
 
-def _require_room_for_text(encode: Any, settings: Prepare) -> None:
+def _require_room_for_text(encode: Any, settings: Prepare, room: int) -> None:
     """A prompt that fills every token would give all items the same vector."""
     (prompt,) = encode([settings.prompt]) if settings.prompt else ([],)
-    if len(prompt) >= settings.max_tokens:
+    if len(prompt) >= room:
         raise ConfigError(
-            f"prepare.prompt takes {len(prompt)} of {settings.max_tokens} tokens: no item text is left",
+            f"prepare.prompt takes {len(prompt)} of {room} tokens: no item text is left",
             remedy="Shorten prepare.prompt or raise prepare.max_tokens.",
         )
 

@@ -95,6 +95,7 @@ class ByteTokenizer:
     """UTF-8 bytes, for decoders that start from nothing."""
 
     vocabulary = 256
+    frame: tuple[list[int], list[int]] = ([], [])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode("utf-8", errors="replace")) for text in texts]
@@ -109,6 +110,9 @@ class PretrainedTokenizer:
         with _plain_errors(source):
             self._tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
         self.vocabulary = len(self._tokenizer)
+        first, last = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
+        self.frame = ([first], [last]) if first is not None and last is not None else ([], [])
+        """What an encoder wants around every text ([CLS], [SEP]); decoders want nothing."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
@@ -122,30 +126,22 @@ def tokenizer_for(backbone: str) -> ByteTokenizer | PretrainedTokenizer:
 
 
 def build_decoder(settings: Decoder, vocabulary: int) -> Any:
-    """A decoder stack with its word embeddings, pretrained if the settings say so, cut to its first layers.
+    """A decoder stack (for items also an encoder) with its word embeddings, pretrained if the settings say
+    so, cut to its first layers.
 
     Returns a `transformers` model whose attention understands packed sequences (`hllm.models.packing`).
     """
-    import torch
-    from transformers import AutoModel
-
-    from hllm.models.packing import packed_attention
-
     if not settings.backbone:
-        return AutoModel.from_config(
-            random_config(settings, vocabulary), attn_implementation=packed_attention()
-        )
+        return _empty(random_config(settings, vocabulary))
     source = find(settings.backbone)
     if not settings.pretrained:
         config = shape_of(source)
         config.num_hidden_layers = _layers(settings, config)
-        return AutoModel.from_config(
-            _cut(config), attn_implementation=packed_attention(), dtype=torch.float32
-        )
+        return _empty(config)
     whole = load_whole(source)
     config = type(whole.config).from_dict(whole.config.to_dict())
     config.num_hidden_layers = _layers(settings, config)
-    decoder = AutoModel.from_config(_cut(config), attn_implementation=packed_attention(), dtype=torch.float32)
+    decoder = _empty(config)
     wanted = decoder.state_dict()
     weights = {name: value for name, value in whole.state_dict().items() if name in wanted}
     missing = wanted.keys() - weights.keys()
@@ -155,6 +151,11 @@ def build_decoder(settings: Decoder, vocabulary: int) -> Any:
         )
     decoder.load_state_dict(weights)
     return decoder
+
+
+def sees_ahead(decoder: Any) -> bool:
+    """Whether it is an encoder: positions see what comes after them."""
+    return any(getattr(module, "is_causal", True) is False for module in decoder.modules())
 
 
 def word_vectors(decoder: Any) -> Any:
@@ -207,13 +208,23 @@ def random_config(settings: Decoder, vocabulary: int) -> Any:
 
 def decoder_from_config(config: dict[str, Any]) -> Any:
     """The empty shell of a saved decoder, to be filled with saved weights."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
+
+    values = {name: value for name, value in config.items() if not name.endswith("_token_id")}
+    return _empty(AutoConfig.for_model(values.pop("model_type"), **values))
+
+
+def _empty(config: Any) -> Any:
+    """A random model of this shape, without head and pooler, whose attention understands packed sequences."""
+    import torch
+    from transformers import AutoModel
 
     from hllm.models.packing import packed_attention
 
-    values = {name: value for name, value in config.items() if not name.endswith("_token_id")}
-    shell = _cut(AutoConfig.for_model(values.pop("model_type"), **values))
-    return AutoModel.from_config(shell, attn_implementation=packed_attention())
+    model = AutoModel.from_config(_cut(config), attn_implementation=packed_attention(), dtype=torch.float32)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
 
 
 def _layers(settings: Decoder, config: Any) -> int:
@@ -233,6 +244,12 @@ def _cut(config: Any) -> Any:
             f"{config.model_type} caps its attention logits softly, which packed attention does not do",
             where="backbone",
             remedy="Choose another backbone: Llama, Mistral, Qwen 2 and 3, Gemma 3 and SmolLM2 are tested.",
+        )
+    if not getattr(config, "is_decoder", True) and config.model_type != "bert":
+        raise ConfigError(
+            f"{config.model_type} is an encoder whose positions have not been checked",
+            where="backbone",
+            remedy="Of encoders, BERT and what has its shape (MiniLM) is supported, in the Item tower.",
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config

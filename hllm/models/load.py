@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hllm.artifacts import write_atomically
 from hllm.data.prepared import Prepared
-from hllm.models.backbone import build_decoder, decoder_from_config, load_whole
+from hllm.errors import ConfigError
+from hllm.models.backbone import build_decoder, decoder_from_config, load_whole, sees_ahead
 from hllm.models.features import EventFeatures
 from hllm.models.hstu import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
@@ -43,7 +44,21 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         if model.whiten:
             sample = np.random.default_rng(settings.run.seed).permutation(prepared.items)[:WHITENING_ITEMS]
             items.start_white(np.sort(sample))
+        longest = int(np.diff(prepared.token_offsets).max()) + 1
+        if sees_ahead(decoder) and longest > decoder.config.max_position_embeddings:
+            raise ConfigError(
+                f"the Item tower reads {decoder.config.max_position_embeddings} positions, "
+                f"the longest item with [ITEM] has {longest}",
+                where="model.item_llm.backbone",
+                remedy="Lower prepare.max_tokens.",
+            )
         user_llm, chosen = build_decoder(model.user_llm, 256), model.user_features
+        if sees_ahead(user_llm):
+            raise ConfigError(
+                "is an encoder: it would see the events that it is to predict",
+                where="model.user_llm.backbone",
+                remedy="Choose a decoder; an encoder can be the Item tower.",
+            )
         features = None
         if chosen.time or chosen.item_id:
             inside = user_llm.config.hidden_size

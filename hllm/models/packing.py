@@ -68,7 +68,7 @@ def ragged(starts_S: npt.NDArray[np.integer], lengths_S: npt.NDArray[np.integer]
     return np.repeat(starts_S - packing_starts, lengths_S) + np.arange(int(lengths_S.sum()))
 
 
-def causal_attention(
+def attend(
     query_HTE: Tensor,
     key_HTE: Tensor,
     value_HTE: Tensor,
@@ -76,9 +76,11 @@ def causal_attention(
     scale: float | None,
     dropout: float = 0.0,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention within each sequence: (H, T, E) -> (H, T, E). Key and value may have fewer heads
-    (grouped queries). With a window, a position sees only so many positions, itself among them."""
+    """Attention within each sequence, to earlier positions or (`causal` false) to all: (H, T, E) -> same.
+    Key and value may have fewer heads (grouped queries). With a window, a position sees only so many earlier
+    positions, itself among them."""
     sizes = [count * length for count, length in packing.groups]
     parts = []
     for (count, length), query, key, value in zip(
@@ -101,7 +103,7 @@ def causal_attention(
             key,
             value,
             attn_mask=near_LL,
-            is_causal=near_LL is None,
+            is_causal=causal and near_LL is None,
             scale=scale,
             dropout_p=dropout,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -123,12 +125,21 @@ def attend_within_sequences(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """The attention implementation that `transformers` decoders call: (1, H, T, E) -> (1, T, H, E)."""
+    """The attention implementation that `transformers` models call: (1, H, T, E) -> (1, T, H, E)."""
     if packing is None:
         raise ValueError("a packed decoder is called with packing=")
     if softcap is not None:
         raise ValueError("attention with a soft cap on its logits (Gemma 2) is not supported")
-    out_HTE = causal_attention(query[0], key[0], value[0], packing, scaling, dropout, sliding_window)
+    out_HTE = attend(
+        query[0],
+        key[0],
+        value[0],
+        packing,
+        scaling,
+        dropout,
+        sliding_window,
+        causal=getattr(module, "is_causal", True),
+    )
     return out_HTE.transpose(0, 1).unsqueeze(0), None
 
 

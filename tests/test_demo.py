@@ -203,7 +203,7 @@ def test_the_demo_trains_releases_and_reuses_with_a_real_airflow(tmp_path: Path,
     config.write_text(TINY.format(folder=tmp_path, source=tiny_source))
     argv = [sys.executable, "-m", "hllm.demo", "-c", str(config), "--home", str(tmp_path / "airflow")]
     environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("AIRFLOW", "HLLM_"))
+        key: value for key, value in os.environ.items() if not key.startswith(("AIRFLOW", "HLLM_", "MLFLOW_"))
     }
 
     first = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)

@@ -1,0 +1,12 @@
+"""What the image `hllm` installs: torch.txt and requirements.txt, out of pyproject.toml and constraints.txt."""
+
+import re
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
+wanted = [*project["dependencies"], *project["optional-dependencies"]["deepspeed"], "dumb-init"]
+torch = re.search(r"^torch==.*$", Path("constraints.txt").read_text("utf-8"), re.MULTILINE)[0]
+
+Path("torch.txt").write_text(f"{torch}\n")
+Path("requirements.txt").write_text("\n".join(wanted) + "\n")

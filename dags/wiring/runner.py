@@ -124,12 +124,12 @@ def failure(command: Sequence[str], ended: Ended) -> AirflowException:
     return AirflowException(message) if ended.exit_code in RETRY_HELPS else AirflowFailException(message)
 
 
-RUNNERS: dict[str, type[LocalStep]] = {"local": LocalStep}
-"""`runner.kind` -> the operator that runs one command."""
-
-
 def hllm_task(
     settings: Settings, task_id: str, command: Sequence[str], environment: Environment, **kwargs: Any
 ) -> BaseOperator:
     """The task for one command, by the runner that the settings chose."""
-    return RUNNERS[settings.runner.kind](task_id=task_id, command=command, environment=environment, **kwargs)
+    if settings.runner.kind == "kubernetes":
+        from wiring.pod import PodStep  # the provider is needed, and takes its time, only here
+
+        return PodStep(settings=settings, task_id=task_id, command=command, environment=environment, **kwargs)
+    return LocalStep(task_id=task_id, command=command, environment=environment, **kwargs)

@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-data.txt
 	@touch $@
 
-demo: setup  ## the real DAGs on MovieLens-100K, from log to champion, in ten minutes
+demo: setup  ## the real DAGs on MovieLens-100K, from log to champion, in nine to ten minutes
 	$(BIN)/python -m hllm.demo --config $(CONFIG)
 
 ui: setup  ## the pages of Airflow and MLflow, until Ctrl-C
@@ -27,7 +27,7 @@ ui: setup  ## the pages of Airflow and MLflow, until Ctrl-C
 stop: setup  ## end what demo or ui left running
 	$(BIN)/python -m hllm.demo --stop
 
-test: setup  ## every test (no root, no server installed beforehand)
+test: setup  ## the tests (no root, no server installed beforehand)
 	$(BIN)/pytest -m "not slow"
 
 test-slow: setup  ## the longer proofs

@@ -197,7 +197,6 @@ approved_by = "the demo's test"
 """
 
 
-@pytest.mark.slow
 def test_the_demo_trains_releases_and_reuses_with_a_real_airflow(tmp_path: Path, tiny_source: Any) -> None:
     config = tmp_path / "tiny.toml"
     config.write_text(TINY.format(folder=tmp_path, source=tiny_source))

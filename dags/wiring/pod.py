@@ -19,7 +19,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import ApiException, V1EnvVar, V1Pod
 from urllib3.exceptions import HTTPError
 
-from hllm.errors import ConfigError
+from hllm.errors import ConfigError, InfraError
 from hllm.settings import Pod, Settings
 from hllm.steps import FAMILIES, embed_name, train_name
 from wiring.form import ROOT
@@ -71,6 +71,7 @@ class PodStep(KubernetesPodOperator):
             on_finish_action="delete_succeeded_pod",
             on_kill_action="delete_pod",
             do_xcom_push=False,
+            log_events_on_failure=True,
             log_pod_spec_on_failure=False,
             **kwargs,
         )
@@ -101,7 +102,9 @@ class PodStep(KubernetesPodOperator):
             self.log.debug("%s", error)
         ended = ended_of(self.pod, self.task_id)
         if ended is None:
-            raise self._without_an_end(event)
+            without = self._without_an_end(event)
+            context["ti"].xcom_push("ended", {"exit_code": InfraError.exit_code, "line": str(without)})
+            raise without
         # For people and for whoever follows the run; no task reads it.
         context["ti"].xcom_push("ended", {"exit_code": ended.exit_code, "line": ended.line})
         if ended.exit_code:

@@ -26,7 +26,8 @@ seconds = time.monotonic() - began
 print(json.dumps({
     "seconds": seconds,
     "errors": {str(path): str(error) for path, error in bag.import_errors.items()},
-    "heavy": sorted({"torch", "pandas", "mlflow", "feast", "pyarrow", "transformers"} & set(sys.modules)),
+    "heavy": sorted({"torch", "pandas", "mlflow", "feast", "pyarrow", "transformers", "wiring.pod",
+                     "airflow.providers.cncf.kubernetes.operators.pod"} & set(sys.modules)),
     "dags": {
         name: {
             "tasks": list(dag.task_dict),

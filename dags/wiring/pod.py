@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ class PodStep(KubernetesPodOperator):
             super().execute(context)
         except (ApiException, HTTPError) as error:
             raise refused(self.command, error) from None
+
+    def invoke_defer_method(self, last_log_time: Any = None, context: Context | None = None) -> None:
+        # A trigger, unlike the operator, does not see by itself that it runs inside the cluster.
+        if self.hook.is_in_cluster and not os.environ.get("KUBECONFIG"):
+            self.in_cluster = True
+        super().invoke_defer_method(last_log_time, context)
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
         """The trigger saw the pod end, or gave up: the pod itself says which."""

@@ -98,6 +98,7 @@ def created(step: PodStep) -> dict[str, Any]:
     with pytest.raises(TaskDeferred) as deferred:
         step.execute(context_of(step))
     assert deferred.value.trigger.pod_name == f"hllm-{step.task_id}"
+    assert deferred.value.trigger.in_cluster
     body: dict[str, Any] = api.create_namespaced_pod.call_args.kwargs["body"]
     del body["metadata"]["labels"]["airflow_version"]  # changes with Airflow, not with us
     return body

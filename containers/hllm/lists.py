@@ -1,4 +1,4 @@
-"""What the image `hllm` installs: torch.txt and requirements.txt, out of pyproject.toml and constraints.txt."""
+"""What the image `hllm` installs, out of pyproject.toml and constraints.txt: torch first, then the rest."""
 
 import re
 import tomllib

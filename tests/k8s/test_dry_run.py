@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.k8s.world import K8S, KUBECTL, OVERLAYS, Manifest, kubectl, render
+from tests.k8s.world import K8S, KUBECTL, OVERLAYS, Manifest, kubectl, pods, render
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,17 +42,14 @@ def test_the_server_accepts_every_manifest(manifests: list[Manifest]):
     assert said.count("serverside-applied (server dry run)") == len(manifests)
 
 
-def test_the_server_accepts_the_pods_of_steps(manifests: list[Manifest]):
-    """The template as a pod: without its account and priority, which a dry run does not leave behind."""
-    for template in (each for each in manifests if each["kind"] == "PodTemplate"):
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {**template["metadata"], **template["template"]["metadata"]},
-            "spec": template["template"]["spec"],
-        }
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_server_accepts_the_pods_of_steps(name: str):
+    """Without their account and priority: a dry run leaves none behind for a pod to name."""
+    for pod in pods(name).values():
         del pod["spec"]["priorityClassName"], pod["spec"]["serviceAccountName"]
-        said = kubectl("create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(pod))
+        said = kubectl(
+            "create", "--dry-run=server", "--namespace", "default", "-f", "-", stdin=yaml.safe_dump(pod)
+        )
         assert "created (server dry run)" in said
 
 

@@ -6,17 +6,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from hllm.settings import load
-from tests.k8s.world import K8S, OVERLAYS, Manifest, named, of_kind, overlay
+from tests.k8s.world import OVERLAYS, Manifest, named, of_kind, overlay, settings_of
 
 SCHEMA = "1.37"
 EVERY = [
     pytest.param(manifest, id=f"{name}-{named(manifest)}") for name in OVERLAYS for manifest in overlay(name)
-]
-STEPS = [
-    pytest.param(manifest["template"], id=f"{name}-{named(manifest)}")
-    for name in OVERLAYS
-    for manifest in of_kind("PodTemplate", overlay(name)).values()
 ]
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 
@@ -30,8 +24,7 @@ def test_manifest_fits_the_current_schema(manifest: Manifest):
 def test_everything_is_in_one_namespace_and_labelled(manifest: Manifest):
     wanted = None if manifest["kind"] in CLUSTER_WIDE else "hllm"
     assert manifest["metadata"].get("namespace") == wanted
-    if manifest["kind"] != "ConfigMap":
-        assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "hllm"
+    assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "hllm"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -129,75 +122,21 @@ def test_the_quota_counts_steps(name: str):
     }
 
 
-@pytest.mark.parametrize("template", STEPS)
-def test_step_runs_with_nothing_it_does_not_need(template: Manifest):
-    pod = template["spec"]
-    assert template["metadata"]["labels"]["app.kubernetes.io/name"] == "hllm"
-    assert pod["serviceAccountName"] == "hllm-step"
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["enableServiceLinks"] is False
-    assert pod["priorityClassName"] == "hllm-step"
-    assert pod["restartPolicy"] == "Never"
-    security = pod["securityContext"]
-    assert security["runAsNonRoot"] is True
-    assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == 10001
-    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-    (container,) = pod["containers"]
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-
-
-@pytest.mark.parametrize("template", STEPS)
-def test_step_holds_the_agreed_mounts_and_no_secret(template: Manifest):
-    pod, (container,) = template["spec"], template["spec"]["containers"]
-    volumes = {each["name"]: each for each in pod["volumes"]}
-    mounts = {each["mountPath"]: volumes[each["name"]] for each in container["volumeMounts"]}
-    assert mounts["/etc/hllm"]["configMap"]["name"] == "hllm-settings"
-    assert "sizeLimit" in mounts["/tmp"]["emptyDir"]
-    assert "sizeLimit" in mounts["/work"]["emptyDir"]
-    assert {each["secretRef"]["name"] for each in container["envFrom"]} == {"hllm-s3", "hllm-feast"}
-    assert container["env"] == [{"name": "HLLM_CONFIG", "value": "/etc/hllm/hllm.toml"}]
-    assert not any("hostPath" in each for each in pod["volumes"])
-
-
-@pytest.mark.parametrize("template", STEPS)
-def test_step_says_what_it_takes(template: Manifest):
-    (container,) = template["spec"]["containers"]
-    asked, most = container["resources"]["requests"], container["resources"]["limits"]
-    assert set(asked) >= {"cpu", "memory"}
-    assert asked["memory"] == most["memory"], "a step that passes its request is the first to be killed"
-    assert asked.get("nvidia.com/gpu") == most.get("nvidia.com/gpu")
-
-
 def test_local_asks_for_no_gpu():
     assert "nvidia.com" not in yaml.safe_dump_all(overlay("local"))
-    assert list(of_kind("PodTemplate", overlay("local"))) == ["hllm-step"]
 
 
-def test_production_has_gpus_queues_and_spot_nodes():
-    templates = of_kind("PodTemplate", overlay("production"))
-    assert set(templates) == {"hllm-step", "hllm-step-gpu"}
-    for each in templates.values():
-        assert each["template"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "hllm"
-        assert "hllm/spot" in {toleration["key"] for toleration in each["template"]["spec"]["tolerations"]}
-    plain, gpu = (templates[name]["template"]["spec"] for name in ("hllm-step", "hllm-step-gpu"))
-    assert {each["key"] for each in gpu["tolerations"]} == {"nvidia.com/gpu", "hllm/spot"}
-    assert "nvidia.com/gpu" not in plain["containers"][0]["resources"]["limits"]
-    assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert gpu["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    (shared,) = [each for each in gpu["volumes"] if each["name"] == "shm"]
-    assert shared["emptyDir"]["medium"] == "Memory"
-    assert {"name": "shm", "mountPath": "/dev/shm"} in gpu["containers"][0]["volumeMounts"]
+def test_production_limits_gpus():
+    hard = of_kind("ResourceQuota", overlay("production"))["hllm-gpus"]["spec"]["hard"]
+    assert set(hard) == {"requests.nvidia.com/gpu"}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_the_settings_load(name: str):
-    settings = load(K8S / "overlays" / name / "hllm.toml", environ={})
+def test_the_settings_in_the_cluster_load(name: str):
+    settings = settings_of(name)
     assert settings.run.root.startswith("s3://")
     assert settings.mlflow.tracking_uri == "http://mlflow:5000"
-    (config,) = of_kind("ConfigMap", overlay(name)).values()
-    assert config["metadata"]["name"] == "hllm-settings"
+    assert settings.runner.kind == "kubernetes"
+    assert settings.runner.namespace == "hllm"
+    config = of_kind("ConfigMap", overlay(name))["hllm-settings"]
     assert set(config["data"]) == {"hllm.toml"}

@@ -1,4 +1,4 @@
-"""The overlays as `kubectl kustomize` renders them, and a few ways to look into them."""
+"""The overlays as `kubectl kustomize` renders them, and the pods that Airflow makes with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hllm.settings import Settings, load
+from hllm.steps import steps
 
 REPOSITORY = Path(__file__).parents[2]
 K8S = REPOSITORY / "k8s"
@@ -41,3 +44,29 @@ def of_kind(kind: str, manifests: tuple[Manifest, ...]) -> dict[str, Manifest]:
 
 def named(manifest: Manifest) -> str:
     return f"{manifest['kind']}-{manifest['metadata']['name']}"
+
+
+def settings_of(name: str) -> Settings:
+    return load(K8S / "overlays" / name / "hllm.toml", environ={})
+
+
+def templates(name: str) -> dict[str, Manifest]:
+    """By the path at which Airflow finds them."""
+    files = of_kind("ConfigMap", overlay(name))["hllm-pods"]["data"]
+    return {f"/etc/hllm-pods/{file}": yaml.safe_load(text) for file, text in files.items()}
+
+
+def pods(name: str) -> dict[str, Manifest]:
+    """The pod of every step: its template, and over it what the settings say, as the operator merges them."""
+    from airflow.providers.cncf.kubernetes.pod_generator import PodGenerator
+    from kubernetes.client import ApiClient
+    from wiring.pod import manifest
+
+    settings, found = settings_of(name), {}
+    for step in [*steps(settings), "register", "publish", "verify", "promote", "reject"]:
+        asked = settings.runner.pod_of(step)
+        template = PodGenerator.deserialize_model_dict(templates(name)[asked.template])
+        own = PodGenerator.deserialize_model_dict(manifest(step, [step], asked))
+        pod = ApiClient().sanitize_for_serialization(PodGenerator.reconcile_pods(template, own))
+        found[step] = {"apiVersion": "v1", "kind": "Pod", **pod}
+    return found

@@ -140,6 +140,7 @@ def test_the_comparison_shows_every_model_on_the_same_events() -> None:
     models = {
         "popular": figures(0.04),
         "sasrec-1": figures(0.08),
+        "hstu-1": figures(0.07),
         "hllm-1": figures(0.05),
         "hllm-2": figures(0.09),
     }
@@ -213,6 +214,7 @@ def test_the_demo_trains_releases_and_reuses_with_a_real_airflow(tmp_path: Path,
     assert "most-popular" in first.stdout
     assert "really chose" in first.stdout
     assert "ranking request reads from Feast, version 1" in first.stdout
+    assert re.search(r"^MLflow +http://127\.0\.0\.1:\d+/#/models/", first.stdout, re.M), first.stdout
 
     second = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert second.returncode == 0, second.stdout + second.stderr

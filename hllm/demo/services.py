@@ -26,6 +26,8 @@ from hllm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
+MLFLOW_PORT = 5000
+"""Where `make ui` shows MLflow, when it is free."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks loopback, past whatever proxy this machine uses."""
 START_SECONDS = 180.0
@@ -188,7 +190,7 @@ def running_airflow(home: Path) -> Airflow | None:
     return found if _lives((found.pid, found.started)) and _healthy(found.url) else None
 
 
-def start_mlflow(group: Processes, settings: Settings, wish: int = 5000) -> str:
+def start_mlflow(group: Processes, settings: Settings, wish: int = MLFLOW_PORT) -> str:
     """MLflow's pages over the store that the settings name; a server that exists already is only named."""
     store = os.environ.get("MLFLOW_TRACKING_URI") or settings.mlflow.tracking_uri
     if store.startswith(("http://", "https://")):

@@ -9,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from hllm.artifacts import Store
+from hllm.demo.services import HOST, MLFLOW_PORT
 from hllm.registry.server import page_root
 from hllm.settings import Settings
 from hllm.steps import keys, pipeline_key
@@ -41,7 +42,8 @@ def summary(settings: Settings, airflow_url: str, say: Callable[[str], Any]) -> 
         say(one_request(settings, examples[0]))
     say("")
     say(f"report     {(record / 'report.html').resolve().as_uri()}")
-    say(f"MLflow     {page_root(settings)} (`make ui` starts its pages)")
+    pages = page_root(settings) or f"http://{HOST}:{MLFLOW_PORT}/"
+    say(f"MLflow     {pages}#/models/{settings.mlflow.model_name} (`make ui` starts its pages)")
     say(f"Airflow    {airflow_url} (`make ui` starts its pages)")
 
 

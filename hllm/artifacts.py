@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hllm.errors import DataError, InfraError
+from hllm.errors import ConfigError, DataError, InfraError
 
 MANIFEST = "manifest.json"
 
@@ -52,7 +52,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest | None:
         try:
             return cls(**json.loads((folder / MANIFEST).read_text("utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (json.JSONDecodeError, TypeError) as error:
             raise DataError(
@@ -180,8 +180,16 @@ class Store:
         import fcntl
 
         folder = self.local / step
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{key}.lock").open("w") as file:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / f".{key}.lock").open("w")
+        except OSError as error:
+            raise ConfigError(
+                f"outputs cannot be written there: {error.strerror}",
+                where=str(folder),
+                remedy="Choose another run.root.",
+            ) from None
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -88,6 +88,14 @@ def test_a_step_without_its_input_says_what_to_run(tiny_settings: TinySettings) 
     assert "`hllm ingest`" in str(error.value)
 
 
+def test_a_place_where_nothing_can_be_written_is_a_settings_error(
+    tiny_settings: TinySettings, tiny_source: TinySource
+) -> None:
+    settings = tiny_settings(**{"run.root": f"{tiny_source.items}/runs"})
+    with pytest.raises(ConfigError, match=r"cannot be written there: Not a directory(.|\n)*run\.root"):
+        execute("ingest", settings)
+
+
 def test_a_step_that_does_not_exist(tiny_settings: TinySettings) -> None:
     with pytest.raises(ConfigError, match="no step fly"):
         execute("fly", tiny_settings())

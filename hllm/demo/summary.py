@@ -88,7 +88,10 @@ def one_request(settings: Settings, example: dict[str, Any]) -> str:
         return "one ranking request: no version serves yet, so there is nothing to read"
     items = [item["item_id"] for item in example["recommended"]]
     table = request_table(settings, serving.version, example["user_id"], items)
-    return f"one ranking request reads from Feast, version {serving.version} of {serving.model}:\n{table}"
+    return (
+        f"one ranking request reads from Feast, version {serving.version} of {serving.model} "
+        f"(published vectors have read the whole history, what was really chosen too):\n{table}"
+    )
 
 
 def _interval(figure: dict[str, float] | None) -> str:

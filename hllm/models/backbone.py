@@ -210,9 +210,10 @@ def decoder_from_config(config: dict[str, Any]) -> Any:
     """The empty shell of a saved decoder, to be filled with saved weights."""
     from transformers import AutoConfig
 
-    values = {name: None if name.endswith("_token_id") else value for name, value in config.items()}
-    values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return _empty(AutoConfig.for_model(values.pop("model_type"), **values))
+    values = {name: value for name, value in config.items() if not name.endswith("_token_id")}
+    # A family's own defaults may lie beyond a vocabulary that is cut to what the user model needs: none.
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return _empty(AutoConfig.for_model(values.pop("model_type"), **values, **none))
 
 
 def _empty(config: Any) -> Any:

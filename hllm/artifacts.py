@@ -183,7 +183,7 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / f".{key}.lock").open("w")
-        except OSError as error:
+        except (NotADirectoryError, FileNotFoundError, PermissionError) as error:  # not a full disk: 75
             raise ConfigError(
                 f"outputs cannot be written there: {error.strerror}",
                 where=str(folder),

@@ -122,14 +122,11 @@ def attend_within_sequences(
     dropout: float = 0.0,
     packing: Packing | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The attention implementation that `transformers` models call: (1, H, T, E) -> (1, T, H, E)."""
     if packing is None:
         raise ValueError("a packed decoder is called with packing=")
-    if softcap is not None:
-        raise ValueError("attention with a soft cap on its logits (Gemma 2) is not supported")
     out_HTE = attend(
         query[0],
         key[0],

@@ -59,6 +59,7 @@ def environment(context: Context) -> Mapping[str, str]:
 with DAG(
     "hllm_release",
     schedule=[CANDIDATE],
+    description="A person decides; then publish, verify, promote",
     catchup=False,
     max_active_runs=16,  # a candidate that nobody answers must not hide the next one
     params={

@@ -21,6 +21,7 @@ settings = form.settings()
 with DAG(
     "hllm_train",
     schedule=None,
+    description="From raw log to a registered candidate",
     catchup=False,
     params=form.params(settings),
     max_active_runs=1,

@@ -494,16 +494,31 @@ def _refuse_unknown(
     for key, value in tree.items():
         dotted = prefix + key
         if key not in model.model_fields:
-            near = difflib.get_close_matches(dotted, list(_all_keys(Settings)), n=1, cutoff=0.6)
+            near = _nearest(dotted)
             typed = next((source for path, source in sources.items() if path.startswith(dotted)), where)
             raise ConfigError(
-                f"{dotted} is not a setting." + (f" Did you mean {near[0]}?" if near else ""),
+                f"{dotted} is not a setting." + (f" Did you mean {near}?" if near else ""),
                 where=typed,
                 remedy=f"Known here: {', '.join(prefix + name for name in model.model_fields)}.",
             )
         section = _section_type(model, key)
         if section and isinstance(value, Mapping):
             _refuse_unknown(value, section, dotted + ".", where, sources)
+
+
+def _nearest(dotted: str) -> str:
+    """The setting that was probably meant. Its own name decides, then whether it is in or below the section
+    that was typed (`train.batchsize` is `train.stage1.batch_size`)."""
+    section, _, typed = dotted.rpartition(".")
+
+    def likeness(key: str) -> float:
+        parent, _, name = key.rpartition(".")
+        nearby = (section == parent) + (f"{parent}.".startswith(f"{section}."))
+        alike = difflib.SequenceMatcher(None, typed, name).ratio()
+        return alike + 0.1 * nearby if alike >= 0.6 else 0.0
+
+    best = max(_all_keys(Settings), key=likeness)
+    return best if likeness(best) else ""
 
 
 def _section_type(model: type[Section], name: str) -> type[Section] | None:

@@ -1,8 +1,7 @@
 """The three kinds of source, each as two streams of canonical record batches.
 
     movielens   ml-100k as atomic files: `NAME.inter` and `NAME.item`, tab-separated, typed headers
-    amazon      `NAME.inter.json` {user: [item, ...]} and `NAME.item.json` {item: {field: text}}: no times,
-                and each file is read whole: a log too large for memory is better brought as a `table`
+    amazon      `NAME.inter.json` {user: [item, ...]} and `NAME.item.json` {item: {field: text}}: no times
     table       any Parquet or CSV, its columns named in `data.columns`
 
 This module is imported by every command (a step's key depends on its source), so it imports little.
@@ -11,10 +10,10 @@ This module is imported by every command (a step's key depends on its source), s
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,8 +277,10 @@ def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
     from hllm.data.schema import RESERVED
 
     where = source.items_at
-    catalogue = _json_object(source.items_path, where, dict)
-    fields = list(dict.fromkeys(field for _, item in catalogue for field in item))
+    found: dict[str, None] = {}
+    for _, item in _checked_pairs(source.items_path, where, dict):
+        found.update(dict.fromkeys(item))
+    fields = list(found)
     if taken := [field for field in fields if field.casefold() in RESERVED]:
         raise DataError(f"has a field {taken[0]!r}, which is a name of ours; rename it", where=where)
     folded = Counter(field.casefold() for field in fields)  # names are compared as DuckDB does
@@ -289,7 +290,7 @@ def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
         )
     if "" in fields:
         raise DataError("has a field without a name", where=where)
-    for part in _parts(catalogue, source.data.batch_rows):
+    for part in _parts(_pairs(source.items_path, where), source.data.batch_rows):
         texts = {
             field: pa.array([_plain(item.get(field)) for _, item in part], pa.string()) for field in fields
         }
@@ -299,13 +300,10 @@ def _amazon_items(source: Source) -> Iterator[pa.RecordBatch]:
 def _amazon_events(source: Source) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    log = _json_object(source.interactions_path, source.interactions_at, list)
-    had: Counter[str] = Counter()  # a user who is named again goes on where the earlier list ended
-    events = []
-    for user, items in log:
-        events += [(user, item, nth) for nth, item in enumerate(items, start=had[user] + 1)]
-        had[user] += len(items)
-    for part in _parts(events, source.data.batch_rows):
+    path, where = source.interactions_path, source.interactions_at
+    for _ in _checked_pairs(path, where, list):
+        pass
+    for part in _parts(_numbered_events(_pairs(path, where)), source.data.batch_rows):
         users, items, order = zip(*part, strict=True)
         yield _batch(
             {
@@ -316,55 +314,110 @@ def _amazon_events(source: Source) -> Iterator[pa.RecordBatch]:
         )
 
 
-def _json_object(path: Path, where: str, of: type) -> list[tuple[str, Any]]:
-    """The pairs of a file that is one JSON object, a repeated key as often as it stands there.
+def _numbered_events(log: Iterator[tuple[str, list[Any]]]) -> Iterator[tuple[str, Any, int]]:
+    had: Counter[str] = Counter()  # a user who is named again goes on where the earlier list ended
+    for user, items in log:
+        for nth, item in enumerate(items, start=had[user] + 1):
+            yield user, item, nth
+        had[user] += len(items)
 
-    The file is read whole: these files take memory in proportion to their size (`table` does not).
+
+def _checked_pairs(path: Path, where: str, of: type) -> Iterator[tuple[str, Any]]:
+    """The pairs of the file, and at its end an error if some of them are not what they should be.
 
     Raises:
         DataError: the file is missing, not UTF-8, not JSON, or holds something else.
     """
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_object)
-    except FileNotFoundError:
-        raise DataError("no such file", where=where) from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}", where=where
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"is not JSON: {error}", where=where, remedy="Is the file complete?") from None
-    if not isinstance(found, dict | tuple):
-        raise DataError(f"holds a JSON {type(found).__name__}, not an object", where=where)
-    pairs = list(found.items()) if isinstance(found, dict) else list(found)
-    if repeated := [key for key, value in pairs if of is dict and isinstance(value, tuple)]:
-        raise DataError(
-            "has items that name a field twice",
-            where=where,
-            count=(len(repeated), len(pairs)),
-            examples=repeated,
-            remedy="Only one of the two texts could be kept: give each field one value.",
-        )
-    wrong = [key for key, value in pairs if not isinstance(value, of)]
-    if wrong:
+    repeated, wrong = _Tally(), _Tally()
+    pairs = 0
+    for key, value in _pairs(path, where):
+        pairs += 1
+        if not isinstance(value, of):
+            wrong.add(key)
+            continue
+        if isinstance(value, _Fields) and value.repeated:
+            repeated.add(key)
+        yield key, value
+    if wrong.count:
         raise DataError(
             f"has values that are not a JSON {'object' if of is dict else 'array'}",
             where=where,
-            count=(len(wrong), len(pairs)),
-            examples=wrong,
+            count=(wrong.count, pairs),
+            examples=wrong.examples,
         )
-    return pairs
+    if repeated.count:
+        raise DataError(
+            "has items that name a field twice",
+            where=where,
+            count=(repeated.count, pairs),
+            examples=repeated.examples,
+            remedy="Only one of the two texts could be kept: give each field one value.",
+        )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[tuple[str, Any], ...]:
-    """A JSON object that names a key twice is its pairs: a dict would keep the last one only."""
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else tuple(pairs)
+class _Tally:
+    """How many, and the first few of them."""
+
+    def __init__(self) -> None:
+        self.count, self.examples = 0, list[str]()
+
+    def add(self, example: str) -> None:
+        self.count += 1
+        if len(self.examples) < 3:
+            self.examples.append(example)
 
 
-def _parts(things: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(things), size):
-        yield things[start : start + size]
+class _Fields(dict[str, Any]):
+    """A JSON object that remembers whether it named a field twice: a dict keeps the last one in silence."""
+
+    repeated = False
+
+    def __setitem__(self, field: str, value: Any) -> None:
+        self.repeated |= field in self
+        super().__setitem__(field, value)
+
+
+def _pairs(path: Path, where: str) -> Iterator[tuple[str, Any]]:
+    """The pairs of a file that is one JSON object, one after another, a repeated key as often as it stands
+    there: memory does not grow with the file."""
+    import ijson
+
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise DataError("no such file", where=where) from None
+    with file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        if first in (b"[", b'"'):
+            kind = "array" if first == b"[" else "string"
+            raise DataError(f"holds a JSON {kind}, not an object", where=where)
+        file.seek(0)
+        try:
+            yield from ijson.kvitems(file, "", map_type=_Fields)
+        except ijson.JSONError as error:
+            _refuse_other_encodings(path, where)
+            said = " ".join(str(error).split())
+            raise DataError(f"is not JSON: {said}", where=where, remedy="Is the file complete?") from None
+
+
+def _refuse_other_encodings(path: Path, where: str) -> None:
+    done = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"is not UTF-8: byte {done + error.start:,} is 0x{line[error.start]:02x}", where=where
+                ) from None
+            done += len(line)
+
+
+def _parts(things: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while part := list(islice(things, size)):
+        yield part
 
 
 def _plain(value: Any) -> str | None:

@@ -118,6 +118,14 @@ def validate(context: Context) -> None:
     context.facts["quarantined"] = {
         f"{f.rule.table}_{f.rule.reason}": f.quarantined for f in findings if f.quarantined
     }
+    for finding in findings:
+        if finding.quarantined:
+            file = context.output / "quarantine" / f"{finding.rule.table}_{finding.rule.reason}.parquet"
+            print(
+                f"validate: {finding.quarantined:,} of {finding.total:,} {finding.rule.table} "
+                f"{finding.rule.says}: {file}",
+                flush=True,
+            )
     report = [*(finding.as_json() for finding in findings), *(check.as_json() for check in checks)]
     write_atomically(context.output / "validation.json", json.dumps(report, indent=1).encode())
     _judge(findings, checks, context)

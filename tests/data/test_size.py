@@ -56,6 +56,30 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_memory_does_not_grow_with_an_amazon_log(tmp_path: Path) -> None:
+    peaks = []
+    for users in (50_000, 400_000):
+        source = tmp_path / str(users)
+        source.mkdir()
+        with (source / "Toys.inter.json").open("w") as file:
+            lists = (
+                f'"user-{n}": {[(n * 31 + k) % 5_000 for k in range(15)]}' for n in range(users)
+            )
+            file.write("{" + ",\n".join(lists) + "}")
+        titles = {str(n): {"title": f"Title of {n}"} for n in range(5_000)}
+        (source / "Toys.item.json").write_text(json.dumps(titles))
+        settings = Settings.model_validate(
+            {
+                "run": {"root": str(tmp_path / f"run{users}")},
+                "data": {"source": "amazon", "path": str(source)},
+            }
+        )
+        peaks.append(peak_megabytes(settings, "ingest"))
+    # One count per user is kept: what a user that is named again continues from.
+    assert peaks[1] < peaks[0] + 80, peaks
+
+
+@pytest.mark.slow
 def test_a_million_rows_are_validated_and_prepared_in_little_memory(tmp_path: Path) -> None:
     source = log_of(1_000_000, tmp_path / "source")
     settings = tiny_settings(tmp_path, source, **{"data.columns": {"texts": ["title"]}})

@@ -17,5 +17,6 @@ def model_name(label: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    kind, _, cutoff = metric.partition("@")
-    return f"{ {'ndcg': 'NDCG', 'recall': 'Recall'}.get(kind, kind) }@{cutoff}"
+    """`ndcg@10` -> `NDCG@10`; the AUCs have no cutoff."""
+    kind, at, cutoff = metric.partition("@")
+    return {"ndcg": "NDCG", "recall": "Recall"}.get(kind, kind) + at + cutoff if at else metric.upper()

@@ -31,6 +31,7 @@ from hllm.models.recommender import Recommender
 from hllm.settings import Settings
 from hllm.steps import keys
 from hllm.training.batches import Batches
+from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
 from hllm.training.train import validation_ranks
 
@@ -134,7 +135,7 @@ def run(settings: Settings, prepared: Prepared, steps: int, work: Path) -> Run:
         batches,
         stage,
         seed=settings.run.seed,
-        work=work,
+        checkpoints=Checkpoints(work),
         stopping=threading.Event(),
         log=lambda values, at: None,
     )

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 from hllm.errors import ConfigError, DataError, InfraError
 
 MANIFEST = "manifest.json"
+WORK = "work"
+"""The top folder of an output that is scratch: checkpoints, partial results."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,38 @@ class Store:
         """Where the output lives for everybody else."""
         return f"{self.root}/{step}/{key}"
 
+    def work_location(self, step: str, key: str) -> str:
+        """Where an unfinished output's scratch outlives this machine: in S3, or nowhere ("")."""
+        return f"{self.location(step, key)}/{WORK}" if self.remote else ""
+
+    def clear_work(self, step: str, key: str) -> None:
+        """Remove what scratch there is in S3."""
+        if self.remote:
+            delete_objects(list_objects(f"{self.work_location(step, key)}/"))
+
+    def forget(self, step: str, key: str) -> None:
+        """Remove an output, its manifest first: from then on it is not done."""
+        clear(self.folder(step, key))
+        if self.remote:
+            found = list_objects(f"{self.location(step, key)}/")
+            delete_objects(sorted(found, key=lambda place: not place.endswith(f"/{key}/{MANIFEST}")))
+
+    def carry(self, step: str, key: str, name: str) -> None:
+        """Send one whole file of an unfinished output ahead: a process elsewhere need not make it again."""
+        if self.remote:
+            upload(self.folder(step, key) / name, f"{self.location(step, key)}/{name}")
+
+    def bring(self, step: str, key: str, name: str) -> bool:
+        """Fetch a file of an unfinished output from S3, where somebody may have carried it; whether it was
+        there."""
+        if not self.remote:
+            return False
+        try:
+            download(f"{self.location(step, key)}/{name}", self.folder(step, key) / name)
+        except DataError:
+            return False
+        return True
+
     def manifest(self, step: str, key: str) -> Manifest | None:
         """The manifest of a finished output, or None."""
         folder = self.folder(step, key)
@@ -145,8 +179,9 @@ class Store:
         manifest.write(folder)
         return folder
 
-    def finish(self, manifest: Manifest) -> None:
-        """Publish a finished folder: in S3 every file first, the manifest last."""
+    def finish(self, manifest: Manifest, carried: Collection[str] = ()) -> None:
+        """Publish a finished folder: in S3 every file first (but those carried there before), the manifest
+        last."""
         folder = self.folder(manifest.step, manifest.key)
         if self.remote:
             location = self.location(manifest.step, manifest.key)
@@ -155,6 +190,7 @@ class Store:
                 sent = [
                     pool.submit(upload, folder / name, f"{location}/{name}", client)
                     for name in manifest.files
+                    if name not in carried
                 ]
                 for done in sent:
                     done.result()
@@ -201,7 +237,7 @@ class Store:
             yield
 
 
-def file_digests(folder: Path, exclude: tuple[str, ...] = ("work",)) -> dict[str, str]:
+def file_digests(folder: Path, exclude: tuple[str, ...] = (WORK,)) -> dict[str, str]:
     """Relative name -> sha256 of every file; `exclude` names top folders (scratch: checkpoints, partial
     shards)."""
     return {
@@ -307,6 +343,16 @@ def list_objects(location: str) -> list[str]:
     with s3_errors(location):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
+
+
+def delete_objects(locations: Iterable[str]) -> None:
+    """Objects that are gone already are no error."""
+    client = None
+    for location in locations:
+        client = client or s3_client()
+        bucket, key = split_s3(location)
+        with s3_errors(location):
+            client.delete_object(Bucket=bucket, Key=key)
 
 
 def fingerprint(location: str) -> str:

@@ -220,7 +220,9 @@ class Stage(Section):
     evaluate_every: int = Field(0, ge=0)
     """Steps between looks at the validation events (the best weights are kept); 0 keeps the last weights."""
     checkpoint_minutes: float = Field(5.0, gt=0)
-    """Minutes between checkpoints; SIGTERM writes one too."""
+    """Minutes between checkpoints; SIGTERM writes one too. With outputs in S3 they go there as well."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints that are kept: the newest, and those before it in case it turns out to be damaged."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass (weights and loss stay fp32); `auto`: bf16 where the
     processor has it."""

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import hllm
-from hllm.artifacts import Manifest, Store, clear, digest_of, file_digests, write_atomically
+from hllm.artifacts import WORK, Manifest, Store, clear, digest_of, file_digests, write_atomically
 from hllm.errors import ConfigError, DataError, Terminated
 from hllm.settings import Settings
-
-WORK = "work"
 
 
 @dataclass(frozen=True)
@@ -208,6 +206,8 @@ class Context:
     """Row counts for the manifest."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Anything small a reader of the manifest wants to know."""
+    carried: set[str] = field(default_factory=set)
+    """Files of the output that are in S3 before it is finished."""
 
     @property
     def work(self) -> Path:
@@ -216,9 +216,32 @@ class Context:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def has(self, path: Path) -> bool:
+        """Whether a part of the output is made already, by this run or an earlier one, here or elsewhere."""
+        if path.exists():
+            return True
+        if self.store.bring(self.step.name, self.key, path.name):
+            self.carried.add(path.name)
+            return True
+        return False
+
+    def keep(self, path: Path) -> None:
+        """A part of the output is whole: in S3 it is safe at once, and the step continues after it."""
+        self.store.carry(self.step.name, self.key, path.name)
+        self.carried.add(path.name)
+
+    @property
+    def work_location(self) -> str:
+        """Where scratch outlives this machine: in S3 beside the output, or nowhere ("")."""
+        return self.store.work_location(self.step.name, self.key)
+
+    @property
+    def curves(self) -> Path:
+        return self.output / "curves.jsonl"
+
     def log(self, values: Mapping[str, float], at: int) -> None:
         """One point of each curve: kept in the output's `curves.jsonl` and sent to MLflow."""
-        with (self.output / "curves.jsonl").open("a", encoding="utf-8") as file:
+        with self.curves.open("a", encoding="utf-8") as file:
             file.write(
                 json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n"
             )
@@ -227,7 +250,7 @@ class Context:
 
     def tidy_curves(self) -> None:
         """A killed run logs the steps after its last checkpoint twice: the later point of each is kept."""
-        path, points = self.output / "curves.jsonl", {}
+        path, points = self.curves, {}
         if path.exists():
             for line in path.read_text("utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a kill can cut the last line
@@ -290,7 +313,7 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
         inputs = {need: store.fetch(need, all_keys[need]) for need in step.needs}
         output = store.folder(name, key)
         if force:
-            clear(output)
+            store.forget(name, key)
         output.mkdir(parents=True, exist_ok=True)
         context = Context(settings, step, key, inputs, output, store)
         started = time.monotonic()
@@ -315,7 +338,8 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
                 files=files,
             )
             tracker.finish(manifest)
-        store.finish(manifest)
+        store.finish(manifest, context.carried)
+        store.clear_work(name, key)
     return Outcome(manifest, reused=False)
 
 

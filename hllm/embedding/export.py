@@ -71,7 +71,7 @@ def _export_users(
         for number, begin in enumerate(range(0, len(active), settings.shard_users)):
             path = context.output / f"users-{number:05d}.parquet"
             users = active[begin : begin + settings.shard_users]
-            if path.exists():
+            if context.has(path):
                 progress.advance(len(users))
                 continue
             ends = offsets[users + 1]
@@ -102,6 +102,7 @@ def _export_users(
                     "last_event_time": pa.array(np.asarray(prepared.event_times[ends - 1]), pa.int64()),
                 },
             )
+            context.keep(path)
             if stopping.is_set() and begin + len(users) < len(active):
                 raise Terminated
     return len(active)

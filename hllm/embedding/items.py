@@ -60,7 +60,7 @@ def embed_items(context: Context) -> None:
         for number, start in enumerate(range(0, prepared.items, shard_items)):
             end = min(start + shard_items, prepared.items)
             path = context.output / SHARD.format(number)
-            if not path.exists():
+            if not context.has(path):
                 vectors = np.empty((end - start, width), np.float32)
                 for items in batches_by_tokens(
                     prepared, start, end, context.settings.embed.tokens_per_batch, model
@@ -73,6 +73,7 @@ def embed_items(context: Context) -> None:
                 with partial.open("wb") as file:
                     np.save(file, vectors, allow_pickle=False)
                 os.replace(partial, path)
+                context.keep(path)
             else:
                 progress.advance(end - start)
             if stopping.is_set() and end < prepared.items:

@@ -1,5 +1,5 @@
 """Checkpoints without pickles: safetensors for every tensor, JSON for every number, both in one folder that
-appears whole.
+appears whole, here and, where outputs live in S3, there.
 
 Batches, negatives and dropout are functions of (seed, step), so weights, optimizer moments and the step's
 number are all there is to continue bit-identically on one machine.
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,79 +20,139 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hllm.artifacts import digest_file, write_atomically
+from hllm.artifacts import delete_objects, digest_file, download, list_objects, upload, write_atomically
 
-KEEP = 2
+TENSORS, NUMBERS = "tensors.safetensors", "numbers.json"
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    best: dict[str, Tensor],
-    numbers: dict[str, Any],
-) -> Path:
-    """Write `step-N` and drop all but the newest two. `best`: the weights that did best on validation, if
+@dataclass(frozen=True)
+class Checkpoints:
+    """The newest `keep` checkpoints of one training: folders `step-N` in `folder`, and the same objects under
+    `location` (s3://...), so that a process on another machine continues where this one was killed."""
+
+    folder: Path
+    location: str = ""
+    keep: int = 2
+    beside: tuple[Path, ...] = ()
+    """Files that belong to a checkpoint, such as the curves so far: put back where they are missing."""
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Path:
+        """Write `step-N`, carry it to `location`, drop all but the newest.
+
+        Raises:
+            InfraError: it could not be carried to S3 (it is whole in `folder`).
+        """
+        target = self.folder / f"step-{step:09d}"
+        building = self.folder / f".{target.name}"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        save_file(dict(tensors), building / TENSORS)
+        for path in self.beside:
+            if path.exists():
+                shutil.copy(path, building)
+        whole = {**numbers, "step": step, "digest": digest_file(building / TENSORS)}
+        write_atomically(building / NUMBERS, json.dumps(whole).encode())
+        shutil.rmtree(target, ignore_errors=True)
+        building.rename(target)
+        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            shutil.rmtree(old)
+        if self.location:
+            self._carry(target)
+        return target
+
+    def newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """(numbers, tensors) of the newest whole checkpoint, here or in S3; None when there is none.
+
+        A damaged checkpoint is said aloud and removed, and the one before it is used.
+
+        Raises:
+            InfraError: S3 does not answer.
+        """
+        there = self._there()
+        here = {path.name for path in self.folder.glob("step-*")}
+        for name in sorted(here | {name for name, files in there.items() if NUMBERS in files}, reverse=True):
+            path, why = self.folder / name, "it is gone"
+            for fetch in (False, True):
+                if fetch and NUMBERS not in there.get(name, {}):
+                    continue
+                if fetch:
+                    shutil.rmtree(path, ignore_errors=True)
+                    for file, location in there[name].items():
+                        download(location, path / file)
+                elif name not in here:
+                    continue
+                try:
+                    numbers, tensors = _read(path)
+                except (OSError, ValueError, KeyError, SafetensorError) as error:
+                    why = str(error)
+                    continue
+                for file in self.beside:
+                    if (path / file.name).exists() and not file.exists():
+                        shutil.copy(path / file.name, file)
+                return numbers, tensors
+            print(
+                f"train: checkpoint {name} is damaged ({why}); trying the one before",
+                file=sys.stderr,
+                flush=True,
+            )
+            shutil.rmtree(path, ignore_errors=True)
+            delete_objects(there.get(name, {}).values())
+        return None
+
+    def _carry(self, checkpoint: Path) -> None:
+        """The numbers last: a checkpoint without them is none."""
+        for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == NUMBERS):
+            upload(path, f"{self.location}/{checkpoint.name}/{path.name}")
+        there = self._there()
+        for old in sorted(there)[: -self.keep]:
+            delete_objects(there[old].values())
+
+    def _there(self) -> dict[str, dict[str, str]]:
+        """What is in S3: checkpoint -> file -> location."""
+        found: dict[str, dict[str, str]] = {}
+        for location in list_objects(f"{self.location}/") if self.location else ():
+            name, slash, file = location.removeprefix(f"{self.location}/").partition("/")
+            if slash and name.startswith("step-"):
+                found.setdefault(name, {})[file] = location
+        return found
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    numbers = json.loads((path / NUMBERS).read_text("utf-8"))
+    if digest_file(path / TENSORS) != numbers["digest"]:
+        raise ValueError("its digest does not match")
+    return numbers, load_file(path / TENSORS)
+
+
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Every tensor of a training, by name, as copies. `best`: the weights that did best on validation, if
     any."""
-    target = folder / f"step-{step:09d}"
-    building = folder / f".{target.name}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in best.items()}
-    for name, state in _moments(model, optimizer).items():
+    for parameter, state in optimizer.state.items():
+        name = _name_of(model, parameter)
         tensors |= {f"optimizer.{name}.{kind}": value for kind, value in state.items()}
-    save_file(
-        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-        building / "tensors.safetensors",
-    )
-    numbers = {**numbers, "step": step, "digest": digest_file(building / "tensors.safetensors")}
-    write_atomically(building / "numbers.json", json.dumps(numbers).encode())
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
-    return target
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
-def restore(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Load the newest whole checkpoint into model and optimizer: (numbers, best weights), or None when there
-    is none.
-
-    A damaged checkpoint is said aloud and the one before it is used.
-    """
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            numbers = json.loads((path / "numbers.json").read_text("utf-8"))
-            if digest_file(path / "tensors.safetensors") != numbers["digest"]:
-                raise ValueError("its digest does not match")
-            tensors = load_file(path / "tensors.safetensors")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            print(
-                f"train: checkpoint {path.name} is damaged ({error}); trying the one before", file=sys.stderr
-            )
-            continue
-        model.load_state_dict(_under(tensors, "model."))
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = _name_of(model, parameter)
-                state = _under(tensors, f"optimizer.{name}.")
-                if state:
-                    optimizer.state[parameter] = state
-        return numbers, _under(tensors, "best.")
-    return None
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    return {_name_of(model, parameter): dict(state) for parameter, state in optimizer.state.items()}
+def put_back(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The reverse of `state_of`: fills model and optimizer, returns the best weights."""
+    model.load_state_dict(_under(tensors, "model."))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = _under(tensors, f"optimizer.{_name_of(model, parameter)}.")
+            if state:
+                optimizer.state[parameter] = state
+    return _under(tensors, "best.")
 
 
 def _name_of(model: nn.Module, parameter: Any) -> str:
     return next(name for name, value in model.named_parameters() if value is parameter)
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from hllm.errors import DataError, Terminated
 from hllm.models.recommender import Recommender
 from hllm.progress import Progress
 from hllm.settings import Stage
-from hllm.training import checkpoint
 from hllm.training.batches import Batches
+from hllm.training.checkpoint import Checkpoints, put_back, state_of
 
 LOG_EVERY = 10
 
@@ -97,17 +96,16 @@ def fit(
     stage: Stage,
     *,
     seed: int,
-    work: Path,
+    checkpoints: Checkpoints,
     stopping: threading.Event,
     log: Callable[[dict[str, float], int], None],
     validate: Callable[[Recommender], float] | None = None,
     what: str = "train",
 ) -> Trained:
-    """Train until the last step, from the newest checkpoint in `work`; the model ends with its best (or last)
-    weights.
+    """Train until the last step, from the newest checkpoint; the model ends with its best (or last) weights.
 
     Raises:
-        DataError: the loss is not finite (weights and batch are saved in `work` for inspection).
+        DataError: the loss is not finite (weights and batch are saved beside the checkpoints for inspection).
         Terminated: `stopping` was set; a checkpoint has been written.
     """
     if not batches.windows:
@@ -127,9 +125,9 @@ def fit(
         "step": 0,
     }
     best: dict[str, Tensor] = {}
-    restored = checkpoint.restore(work, model, optimizer)
+    restored = checkpoints.newest()
     if restored:
-        state, best = restored
+        state, best = restored[0], put_back(restored[1], model, optimizer)
         print(f"{what}: continues from step {state['step']} of {steps}", flush=True)
     elif validate and stage.evaluate_every:
         state["best"], best = _score(model, validate), _copy_of(model)
@@ -150,12 +148,13 @@ def fit(
                 for name, tensors in (("weights", model.state_dict()), ("batch", batches[step].tensors())):
                     save_file(
                         {key: value.contiguous() for key, value in tensors.items()},
-                        work / f"not_finite_{name}.safetensors",
+                        checkpoints.folder / f"not_finite_{name}.safetensors",
                     )
                 raise DataError(
                     f"the loss is {state['loss']} at step {step}",
                     where=what,
-                    remedy=f"Weights and batch are in {work}; lower the learning rate, or look at the data.",
+                    remedy=f"Weights and batch are in {checkpoints.folder}; "
+                    "lower the learning rate, or look at the data.",
                 )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
@@ -184,7 +183,7 @@ def fit(
             state["seconds"] = time.monotonic() - started
             due = time.monotonic() - saved_at > stage.checkpoint_minutes * 60
             if (stopping.is_set() or due) and done < steps:
-                checkpoint.save(work, done, model, optimizer, best, state)
+                checkpoints.save(done, state_of(model, optimizer, best), state)
                 saved_at = time.monotonic()
             if stopping.is_set() and done < steps:
                 raise Terminated

@@ -18,6 +18,7 @@ from hllm.models.recommender import Recommender
 from hllm.settings import Stage
 from hllm.steps import Context, embed_name, train_name
 from hllm.training.batches import Batches
+from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
 
 MOST_VALIDATION_EVENTS = 5_000
@@ -46,7 +47,12 @@ def train(context: Context) -> None:
             batches,
             stage,
             seed=settings.run.seed,
-            work=context.work,
+            checkpoints=Checkpoints(
+                context.work,
+                context.work_location,
+                stage.keep_checkpoints,
+                (context.curves,),
+            ),
             stopping=stopping,
             log=context.log,
             validate=lambda current: validation_ndcg(

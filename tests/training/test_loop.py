@@ -20,6 +20,7 @@ from hllm.models.recommender import Recommender
 from hllm.models.users import SASRecUser
 from hllm.settings import Decoder, Stage
 from hllm.training.batches import Batches
+from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import Trained, fit, parameter_groups, share_of_peak
 from tests.training.world import prepared_of, tiny_model
 
@@ -61,7 +62,7 @@ def run(
         watched,
         stage,
         seed=1,
-        work=work,
+        checkpoints=Checkpoints(work),
         stopping=stopping,
         log=lambda values, at: None,
         validate=validate,

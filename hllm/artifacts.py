@@ -42,6 +42,8 @@ class Manifest:
     rows: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    schema: dict[str, dict[str, str]] = field(default_factory=dict)
+    """File -> column -> type, of every Parquet file; of an array, its type and shape."""
 
     @property
     def content(self) -> bytes:
@@ -248,6 +250,22 @@ def file_digests(folder: Path, exclude: tuple[str, ...] = (WORK,)) -> dict[str, 
         and path.relative_to(folder).parts[0] not in exclude
         and not path.name.startswith(".")
     }
+
+
+def file_schemas(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What the Parquet files and arrays among these hold, from their headers alone."""
+    import numpy as np
+    import pyarrow.parquet as parquet
+
+    found = {}
+    for name in names:
+        if name.endswith(".parquet"):
+            schema = parquet.read_schema(folder / name)
+            found[name] = {column.name: str(column.type) for column in schema}
+        elif name.endswith(".npy"):
+            array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            found[name] = {"type": str(array.dtype), "shape": " x ".join(map(str, array.shape))}
+    return found
 
 
 # ---- S3 through boto3: credentials from the SDK's own chain, endpoint from AWS_ENDPOINT_URL_S3 ----

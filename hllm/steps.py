@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import hllm
-from hllm.artifacts import WORK, Manifest, Store, clear, digest_of, file_digests, write_atomically
+from hllm.artifacts import (
+    WORK,
+    Manifest,
+    Store,
+    clear,
+    digest_of,
+    file_digests,
+    file_schemas,
+    write_atomically,
+)
 from hllm.errors import ConfigError, DataError, Terminated
 from hllm.settings import Settings
 
@@ -336,6 +345,7 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
                 rows=context.rows,
                 facts=context.facts,
                 files=files,
+                schema=file_schemas(output, files),
             )
             tracker.finish(manifest)
         store.finish(manifest, context.carried)

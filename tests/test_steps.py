@@ -76,6 +76,7 @@ def test_a_step_runs_once_and_is_reused(tiny_settings: TinySettings, tiny_source
     assert (first.reused, second.reused) == (False, True)
     assert first.manifest == second.manifest
     assert first.manifest.rows == {"items": 60, "interactions": len(tiny_source.events)}
+    assert first.manifest.schema["interactions.parquet"]["timestamp"] == "int64"
     again = execute("ingest", settings, force=True)
     assert not again.reused
     assert again.manifest.digest == first.manifest.digest

@@ -119,6 +119,8 @@ class Prepare(Section):
     """First day of the test period (temporal split)."""
     prompt: str = "Compress the following item information into an embedding: "
     """Fixed text before every item's fields."""
+    fields: tuple[str, ...] = ()
+    """Text fields that the Item LLM reads, in this order; empty: all of the catalogue, in its order."""
     field_template: str = "{name}: {value}"
     """How one text field is written."""
     field_separator: str = "\n"
@@ -169,6 +171,9 @@ class IdModel(Section):
 class Model(Section):
     family: Literal["hllm", "sasrec", "hstu"] = "hllm"
     """The family that is registered and published."""
+    stages: int = Field(0, ge=0)
+    """How many of the family's stages are trained, its first ones; 0: all. 1 of hllm is the paper's own
+    comparison: both LLMs end to end, nothing after it."""
     item_llm: Decoder = Decoder()
     """Reads an item's text into one vector."""
     user_llm: Decoder = Decoder()
@@ -229,6 +234,9 @@ class Stage(Section):
 
 
 class Train(Section):
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of the users whose events train, drawn at random (`run.seed`); everybody's held-out events are
+    ranked all the same. For data scaling."""
     stage1: Stage = Stage(history_length=10, batch_size=32)
     """End to end: both LLMs, short histories."""
     stage2: Stage = Stage(history_length=200, batch_size=32)
@@ -424,7 +432,7 @@ def load(
             does not fit.
     """
     where = str(path) if path else "settings"
-    tree = _read_toml(Path(path)) if path else {}
+    tree = read_toml(Path(path)) if path else {}
     sources = {}  # dotted key -> where the user typed it
     for key, value in environ.items():
         if key.startswith(ENV_PREFIX):
@@ -467,7 +475,7 @@ def _merge(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:

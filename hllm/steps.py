@@ -70,6 +70,12 @@ _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
 }
 
 
+def stages_of(settings: Settings, family: str) -> tuple[int, ...]:
+    """The stages that are trained: all of a baseline's, of the main family as many as `model.stages` says."""
+    chosen = settings.model.stages if family == settings.model.family else 0
+    return FAMILIES[family][: chosen or None]
+
+
 def train_name(family: str, stage: int) -> str:
     return f"train-{family}-{stage}"
 
@@ -109,10 +115,12 @@ def steps(settings: Settings) -> dict[str, Step]:
     ]
     evaluated: list[str] = []
     for family in dict.fromkeys((settings.model.family, *settings.model.baselines)):
-        for stage in FAMILIES[family]:
+        for stage in stages_of(settings, family):
             decides = _TRAIN_DECIDES[family, stage]
             if settings.at(decides[-1]).evaluate_every:  # validation reads as much history as inference does
                 decides += ("embed.max_history",)
+            if settings.train.share < 1:
+                decides += ("train.share",)
             cache = () if stage == 1 else (train_name(family, 1), embed_name(family, 1))
             found.append(
                 Step(
@@ -138,7 +146,7 @@ def steps(settings: Settings) -> dict[str, Step]:
                 )
                 evaluated.append(embed_name(family, 1))
     main = settings.model.family
-    last = train_name(main, FAMILIES[main][-1])
+    last = train_name(main, stages_of(settings, main)[-1])
     found.append(
         Step(
             embed_name(main, 3),

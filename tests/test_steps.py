@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,27 @@ def test_a_setting_changes_the_keys_of_what_depends_on_it_and_of_nothing_else(
     assert changed(before, keys(tiny_settings(**{"data.batch_rows": 9}))) == set(before)
     longer = {"embed.max_history": 33}
     assert changed(before, keys(tiny_settings(**longer))) == {"embed-hllm-3", "evaluate"}
+
+
+def test_a_family_may_stop_after_its_first_stage(tmp_path: Path, tiny_source: TinySource) -> None:
+    from tests.world import tiny_settings
+
+    settings = tiny_settings(tmp_path, tiny_source, **{"model.stages": 1})
+    found = steps(settings)
+    assert "train-hllm-2" not in found
+    assert found["embed-hllm-3"].needs == ("prepare", "train-hllm-1", "embed-hllm-1")
+    assert found["evaluate"].needs == (
+        "prepare", "train-hllm-1", "embed-hllm-1", "train-sasrec-1", "embed-sasrec-1"
+    )  # fmt: skip
+    evaluated = run_steps(settings, *found)
+    metrics = json.loads((evaluated / "metrics.json").read_text("utf-8"))
+    assert metrics["candidate"] == "hllm-1"
+    assert metrics["models"].keys() == {"hllm-1", "sasrec-1", "popular"}
+
+
+def test_a_share_of_the_users_changes_training_and_nothing_before_it(tiny_settings: TinySettings) -> None:
+    before, after = keys(tiny_settings()), keys(tiny_settings(**{"train.share": 0.5}))
+    assert set(before) - changed(before, after) == {"ingest", "validate", "prepare"}
 
 
 def test_the_history_that_validation_reads_belongs_to_the_model_it_chooses(

@@ -40,7 +40,7 @@ def write_items(
     lengths: list[int] = []
     truncated = 0
     with pa.parquet.ParquetFile(source) as file, (scratch / "tokens.bin").open("wb") as tokens:
-        fields = text_columns(file.schema_arrow.names)
+        fields = _chosen_fields(text_columns(file.schema_arrow.names), settings)
         others = [name for name in file.schema_arrow.names if name not in OURS]
         schema = pa.schema(
             [
@@ -95,6 +95,18 @@ def join(fields: Mapping[str, str], settings: Prepare) -> str:
 def clean(text: str | None) -> str:
     """One line of visible text: control characters and runs of white space become single spaces."""
     return " ".join(CONTROL.sub(" ", text or "").split())
+
+
+def _chosen_fields(there: list[str], settings: Prepare) -> list[str]:
+    unknown = [name for name in settings.fields if name not in there]
+    if unknown:
+        raise ConfigError(
+            "the catalogue has no such text field",
+            where="prepare.fields",
+            examples=unknown,
+            remedy=f"Its text fields are {', '.join(there)}.",
+        )
+    return list(settings.fields) or there
 
 
 def _cleaned(batch: pa.RecordBatch, fields: list[str]) -> Iterator[dict[str, str]]:

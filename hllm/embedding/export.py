@@ -19,7 +19,7 @@ from hllm.errors import DataError, Terminated
 from hllm.models.load import load_user_model
 from hllm.models.package import write_package
 from hllm.progress import Progress
-from hllm.steps import FAMILIES, Context, embed_name, train_name
+from hllm.steps import Context, embed_name, stages_of, train_name
 
 # U users, I items, D vector width
 
@@ -29,7 +29,7 @@ def export(context: Context) -> None:
     again."""
     settings, family = context.settings, context.settings.model.family
     prepared = Prepared.open(context.inputs["prepare"])
-    train = context.inputs[train_name(family, FAMILIES[family][-1])]
+    train = context.inputs[train_name(family, stages_of(settings, family)[-1])]
     item_vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
     ids = prepared.item_table(["item_id"])["item_id"]
     if len(ids) != len(item_vectors):

@@ -27,7 +27,7 @@ from hllm.evaluation.ranking import (
 from hllm.evaluation.segments import segments
 from hllm.progress import Progress
 from hllm.settings import Settings
-from hllm.steps import FAMILIES, Context
+from hllm.steps import Context, stages_of
 
 POPULAR = "popular"
 
@@ -60,7 +60,7 @@ def evaluate(context: Context) -> None:
 
 def candidate_label(settings: Settings) -> str:
     """The model that is registered: the family's last stage."""
-    return f"{settings.model.family}-{FAMILIES[settings.model.family][-1]}"
+    return f"{settings.model.family}-{stages_of(settings, settings.model.family)[-1]}"
 
 
 def trained_labels(inputs: Mapping[str, Path]) -> list[str]:

@@ -18,8 +18,15 @@ class Batches:
     """Windows over the training part of all histories, shuffled anew each epoch."""
 
     def __init__(
-        self, prepared: Prepared, history_length: int, batch_size: int, negatives: int, seed: int
+        self,
+        prepared: Prepared,
+        history_length: int,
+        batch_size: int,
+        negatives: int,
+        seed: int,
+        users: npt.NDArray[np.bool_] | None = None,
     ) -> None:
+        """`users` (U,) says whose events train; all when left out."""
         self.items, self.batch_size, self.seed = prepared.items, batch_size, seed
         self.negatives = min(negatives, prepared.items)
         self.event_items = np.asarray(prepared.event_items, dtype=np.int64)
@@ -28,6 +35,9 @@ class Batches:
             np.asarray(prepared.train_starts), np.asarray(prepared.train_ends), history_length
         )
         self.users = np.searchsorted(np.asarray(prepared.user_offsets), self.starts, side="right") - 1
+        if users is not None:
+            chosen = users[self.users]
+            self.starts, self.ends, self.users = self.starts[chosen], self.ends[chosen], self.users[chosen]
         # One sorted key per (user, own training item) answers "is this negative the user's own?" by binary
         # search. Held-out events are not in it: leaving them out of the negatives would tell the model what
         # to predict.
@@ -86,6 +96,16 @@ class Batches:
         keys_SN = users_S[:, None] * self.items + negatives_N[None, :]
         places = np.minimum(np.searchsorted(self.own_keys, keys_SN), len(self.own_keys) - 1)
         return self.own_keys[places] == keys_SN
+
+
+def training_users(users: int, share: float, seed: int) -> npt.NDArray[np.bool_] | None:
+    """(U,) who is in a random share of the users, at least one of them; None when that is everybody. With one
+    seed, a smaller share is part of a larger one."""
+    if share >= 1:
+        return None
+    chosen = np.zeros(users, bool)
+    chosen[np.random.default_rng((seed, 3)).permutation(users)[: max(1, round(share * users))]] = True
+    return chosen
 
 
 def numbered_texts(prepared: Prepared) -> npt.NDArray[np.int64]:

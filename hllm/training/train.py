@@ -17,7 +17,7 @@ from hllm.models.load import new_model, next_stage, save_model
 from hllm.models.recommender import Recommender
 from hllm.settings import Stage
 from hllm.steps import Context, embed_name, train_name
-from hllm.training.batches import Batches
+from hllm.training.batches import Batches, training_users
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
 
@@ -39,7 +39,12 @@ def train(context: Context) -> None:
         vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
         model = next_stage(settings, context.inputs[train_name(family, 1)], vectors)
     batches = Batches(
-        prepared, stage.history_length, stage.batch_size, stage.negatives, settings.run.seed + stage_number
+        prepared,
+        stage.history_length,
+        stage.batch_size,
+        stage.negatives,
+        settings.run.seed + stage_number,
+        training_users(prepared.users, settings.train.share, settings.run.seed),
     )
     with context.graceful() as stopping:
         trained = fit(

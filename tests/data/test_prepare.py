@@ -273,6 +273,16 @@ def test_an_encoders_text_begins_and_ends_as_it_wants_at_and_over_the_limit(
     assert tokens_of(prepared, 1) == [*first, film, film, *last]
 
 
+def test_the_settings_choose_the_fields_and_their_order(tmp_path: Path, tiny_source: TinySource) -> None:
+    sets = {"prepare.fields": ["genre", "title"], "prepare.prompt": ""}
+    settings = world.tiny_settings(tmp_path, tiny_source, **sets)
+    prepared = Prepared.open(run_steps(settings, "ingest", "validate", "prepare"))
+    assert bytes(tokens_of(prepared, 1)) == b"genre: heist\ntitle: Title 1 of heist"
+    unknown = world.tiny_settings(tmp_path, tiny_source, **{"prepare.fields": ["title", "colour"]})
+    with pytest.raises(ConfigError, match=r"no such text field \(e.g. 'colour'\)"):
+        run_steps(unknown, "prepare")
+
+
 def test_fields_are_joined_without_touching_their_values() -> None:
     settings = Prepare(field_template="<{name}|{value}>", field_separator=" + ")
     assert (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hllm.data.prepared import Prepared
-from hllm.training.batches import Batches, numbered_texts
+from hllm.training.batches import Batches, numbered_texts, training_users
 from tests.training.world import prepared_of
 
 
@@ -79,3 +79,18 @@ def test_items_that_read_the_same_share_a_number(tmp_path: Path):
     tokens[5] = np.roll(tokens[2], 1)  # the same words in another order are another text
     twins = dataclasses.replace(prepared, token_ids=tokens.reshape(-1))
     assert numbered_texts(twins).tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 8, 9, 10, 2]
+
+
+def test_a_share_of_the_users_trains_on_their_events_alone(tmp_path: Path):
+    prepared = prepared_of(tmp_path, [5, 9, 3, 7, 4, 8, 6, 2], items=40)
+    half, quarter = (training_users(prepared.users, share, seed=3) for share in (0.5, 0.25))
+    assert half is not None
+    assert quarter is not None
+    assert (half.sum(), quarter.sum()) == (4, 2)
+    assert not (quarter & ~half).any()  # what a smaller share learns, a larger one learns too
+    batches = Batches(prepared, 4, 3, 5, seed=1, users=half)
+    assert set(batches.users.tolist()) == set(np.flatnonzero(half).tolist())
+    learned = np.concatenate([batches[step].targets_T for step in range(batches.steps_per_epoch)])
+    targets = np.maximum(np.asarray(prepared.train_ends) - np.asarray(prepared.user_offsets[:-1]) - 1, 0)
+    assert len(learned) == int(targets[half].sum())
+    assert training_users(8, 1.0, seed=3) is None

@@ -12,16 +12,28 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from hllm.errors import ConfigError, DataError, InfraError
+from hllm.errors import ConfigError, DataError, HLLMError, InfraError
+from hllm.objects import (
+    abandon_uploads,
+    delete_objects,
+    download,
+    head_object,
+    is_s3,
+    list_objects,
+    read_object,
+    s3_client,
+    upload,
+    write_object,
+)
 
 MANIFEST = "manifest.json"
 WORK = "work"
@@ -171,13 +183,7 @@ class Store:
             )
         client = s3_client()
         for name, digest in manifest.files.items():
-            download(f"{self.location(step, key)}/{name}", folder / name, client)
-            if digest_file(folder / name) != digest:
-                (folder / name).unlink()
-                raise InfraError(
-                    "arrived damaged: its digest differs from the manifest's",
-                    where=f"{self.location(step, key)}/{name}",
-                )
+            download(f"{self.location(step, key)}/{name}", folder / name, client, digest)
         manifest.write(folder)
         return folder
 
@@ -187,7 +193,11 @@ class Store:
         folder = self.folder(manifest.step, manifest.key)
         if self.remote:
             location = self.location(manifest.step, manifest.key)
-            client = s3_client()  # one for all threads: making one takes longer than a small upload
+            client = s3_client()
+            try:
+                abandon_uploads(f"{location}/", client)  # an output has one writer: these are of a killed one
+            except HLLMError as error:  # not every store offers it, not every account may: no reason to stop
+                print(f"warning: parts of broken-off uploads stay: {error.first_line}", file=sys.stderr)
             with ThreadPoolExecutor(4) as pool:
                 sent = [
                     pool.submit(upload, folder / name, f"{location}/{name}", client)
@@ -268,118 +278,11 @@ def file_schemas(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]
     return found
 
 
-# ---- S3 through boto3: credentials from the SDK's own chain, endpoint from AWS_ENDPOINT_URL_S3 ----
-
-
-def is_s3(location: str) -> bool:
-    return location.startswith("s3://")
-
-
-def s3_client() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    # A session of its own: the default session is not safe to share between the threads that upload.
-    return boto3.session.Session().client(
-        "s3",
-        config=Config(
-            retries={"max_attempts": 5, "mode": "standard"},
-            s3={"addressing_style": os.environ.get("HLLM_S3_ADDRESSING", "path")},
-            connect_timeout=10,
-            read_timeout=60,
-        ),
-    )
-
-
-def split_s3(location: str) -> tuple[str, str]:
-    parts = urlsplit(location)
-    return parts.netloc, parts.path.lstrip("/")
-
-
-@contextmanager
-def s3_errors(location: str) -> Iterator[None]:
-    """S3's many exceptions as the two that matter: you can fix it (DataError), or try again (InfraError)."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        if code in {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}:
-            raise DataError("does not exist", where=location) from None
-        if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
-            raise InfraError(
-                "access denied", where=location, remedy="Check the AWS credentials of this process."
-            ) from None
-        raise InfraError(str(error), where=location) from None
-    except (BotoCoreError, Boto3Error) as error:
-        raise InfraError(
-            str(error),
-            where=location,
-            remedy="Check AWS_ENDPOINT_URL_S3 and the credentials; retrying helps when the network failed.",
-        ) from None
-
-
-def upload(path: Path, location: str, client: Any = None) -> None:
-    bucket, key = split_s3(location)
-    with s3_errors(location):
-        (client or s3_client()).upload_file(str(path), bucket, key)
-
-
-def write_object(location: str, content: bytes, client: Any = None) -> None:
-    """One small object, whole or not at all."""
-    bucket, key = split_s3(location)
-    with s3_errors(location):
-        (client or s3_client()).put_object(Bucket=bucket, Key=key, Body=content)
-
-
-def download(location: str, path: Path, client: Any = None) -> Path:
-    """Fetch one object; the file appears whole or not at all."""
-    bucket, key = split_s3(location)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    with s3_errors(location):
-        (client or s3_client()).download_file(bucket, key, str(partial))
-    os.replace(partial, path)
-    return path
-
-
-def read_object(location: str) -> bytes | None:
-    """The content of one small object, or None when there is none."""
-    bucket, key = split_s3(location)
-    try:
-        with s3_errors(location):
-            return s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
-    except DataError:
-        return None
-
-
-def list_objects(location: str) -> list[str]:
-    """Every object under a prefix, page by page."""
-    bucket, prefix = split_s3(location)
-    with s3_errors(location):
-        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
-
-
-def delete_objects(locations: Iterable[str]) -> None:
-    """Objects that are gone already are no error."""
-    client = None
-    for location in locations:
-        client = client or s3_client()
-        bucket, key = split_s3(location)
-        with s3_errors(location):
-            client.delete_object(Bucket=bucket, Key=key)
-
-
 def fingerprint(location: str) -> str:
     """What a source file's content is known by: sha256 of a local file, entity tag and size of an S3
     object."""
     if is_s3(location):
-        bucket, key = split_s3(location)
-        with s3_errors(location):
-            head: Mapping[str, Any] = s3_client().head_object(Bucket=bucket, Key=key)
+        head = head_object(location)
         return f"{head['ETag']}-{head['ContentLength']}"
     try:
         return digest_file(Path(location))

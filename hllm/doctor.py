@@ -14,8 +14,8 @@ from typing import Any
 import typer
 from tabulate import tabulate
 
-from hllm.artifacts import is_s3, list_objects, split_s3
 from hllm.errors import ConfigError, HLLMError, InfraError
+from hllm.objects import is_s3, list_objects, split_s3
 from hllm.settings import Settings
 
 GIB = 2**30
@@ -325,7 +325,7 @@ def _buckets(settings: Settings) -> list[str]:
 
 def _bucket(location: str) -> str:
     """One listing proves address, credentials and bucket."""
-    from hllm.artifacts import s3_client, s3_errors
+    from hllm.objects import s3_client, s3_errors
 
     bucket, key = split_s3(location)
     with s3_errors(location):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import typer
 from tabulate import tabulate
 
-from hllm.artifacts import Store, read_object
+from hllm.artifacts import Store
 from hllm.errors import HLLMError
+from hllm.objects import read_object
 from hllm.settings import Settings
 from hllm.steps import keys, pipeline_key, steps
 

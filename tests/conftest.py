@@ -7,9 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,35 +65,40 @@ class S3:
 
     def bucket(self, name: str) -> str:
         """Create a bucket; returns `s3://name`."""
-        from hllm.artifacts import s3_client
+        from hllm.objects import s3_client
 
         s3_client().create_bucket(Bucket=name)
         return f"s3://{name}"
 
 
+@contextmanager
+def serve_s3(
+    folder: Path, host: str, port: int, key: Path | None = None, certificate: Path | None = None
+) -> Iterator[S3]:
+    """rclone serves a folder as S3, with TLS where it has a certificate."""
+    rclone = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [rclone, "serve", "s3", str(folder), "--addr", f"{host}:{port}"]
+    command += ["--auth-key", "hllm-test,hllm-test-secret"]
+    command += ["--vfs-cache-mode", "off", "--config", "/dev/null"]
+    if key and certificate:
+        command += ["--key", str(key), "--cert", str(certificate)]
+    log_path = folder.with_name(f"{folder.name}-rclone.log")
+    with log_path.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for(host, port, process, log_path)
+        yield S3(f"{'https' if certificate else 'http'}://{host}:{port}", folder)
+    finally:
+        process.kill()  # it keeps nothing in memory, and would wait for clients that stay connected
+        process.wait(10)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """rclone serves a folder as S3 on loopback."""
-    rclone = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
-    folder = tmp_path_factory.mktemp("s3")
-    port = free_port()
-    command = [rclone, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}"]
-    command += [
-        "--auth-key",
-        "hllm-test,hllm-test-secret",
-        "--vfs-cache-mode",
-        "off",
-        "--config",
-        "/dev/null",
-    ]
-    with (folder.parent / "rclone.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/", process, folder.parent / "rclone.log")
-        yield S3(f"http://127.0.0.1:{port}", folder)
-    finally:
-        process.terminate()
-        process.wait(10)
+    with serve_s3(tmp_path_factory.mktemp("s3"), "127.0.0.1", free_port()) as server:
+        yield server
 
 
 @pytest.fixture
@@ -116,16 +120,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 20) -> None:
+def _wait_for(
+    host: str, port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 20
+) -> None:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    while time.monotonic() < deadline and process.poll() is None:
         try:
-            urllib.request.urlopen(url, timeout=1)
+            socket.create_connection((host, port), timeout=1).close()
             return
-        except urllib.error.HTTPError:
-            return  # it answers; anonymous access is refused
         except OSError:
             time.sleep(0.05)
     raise RuntimeError(f"the S3 server did not start: {log.read_text()[-500:]}")

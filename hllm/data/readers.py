@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hllm.artifacts import download, fingerprint, is_s3, list_objects
+from hllm.artifacts import fingerprint
 from hllm.errors import ConfigError, DataError
+from hllm.objects import download, is_s3, list_objects
 from hllm.settings import Columns, Data
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.artifacts import download, is_s3, upload
 from hllm.features.export import Batch, Entity, Export
 from hllm.features.store import PASSWORD, postgres
 from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_relation
+from hllm.objects import download, is_s3, upload
 from hllm.settings import Settings
 
 BATCH_ROWS = 20_000

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from hllm.artifacts import is_s3, write_atomically
+from hllm.artifacts import write_atomically
 from hllm.errors import ConfigError, HLLMError, InfraError
+from hllm.objects import is_s3
 from hllm.settings import Settings
 
 if TYPE_CHECKING:

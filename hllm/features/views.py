@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
-from hllm.artifacts import is_s3
 from hllm.features.export import ITEM, USER, Entity
+from hllm.objects import is_s3
 from hllm.settings import Settings
 
 if TYPE_CHECKING:

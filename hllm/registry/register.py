@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import hllm
-from hllm.artifacts import Manifest, Store, digest_of, upload, write_atomically
+from hllm.artifacts import Manifest, Store, digest_of, write_atomically
 from hllm.errors import GateError
+from hllm.objects import upload
 from hllm.registry import server, tracking, versions
 from hllm.registry.description import describe
 from hllm.registry.model import log_package

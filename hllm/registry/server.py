@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from hllm.artifacts import is_s3
 from hllm.errors import ConfigError, InfraError
+from hllm.objects import is_s3
 from hllm.settings import Settings
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hllm.artifacts import Store, is_s3
+from hllm.artifacts import Store
 from hllm.errors import ConfigError, InfraError
+from hllm.objects import is_s3
 from hllm.registry import server
 from hllm.settings import Settings
 

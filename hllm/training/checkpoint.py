@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hllm.artifacts import delete_objects, digest_file, download, list_objects, upload, write_atomically
+from hllm.artifacts import digest_file, write_atomically
+from hllm.objects import delete_objects, download, list_objects, upload
 
 TENSORS, NUMBERS = "tensors.safetensors", "numbers.json"
 
@@ -77,8 +78,8 @@ class Checkpoints:
                     continue
                 if fetch:
                     shutil.rmtree(path, ignore_errors=True)
-                    for file, location in there[name].items():
-                        download(location, path / file)
+                    for part, location in there[name].items():
+                        download(location, path / part)
                 elif name not in here:
                     continue
                 try:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hllm.artifacts import Store, file_digests, upload
+from hllm.artifacts import Store, file_digests
 from hllm.data.prepared import Prepared
 from hllm.data.readers import source_fingerprints
 from hllm.errors import DataError, InfraError
+from hllm.objects import upload
 from hllm.settings import Settings
 from hllm.steps import keys
 from tests.conftest import S3

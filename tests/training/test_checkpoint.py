@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hllm.artifacts import Store, file_digests, list_objects, read_object, write_object
+from hllm.artifacts import Store, file_digests
+from hllm.objects import list_objects, read_object, write_object
 from hllm.settings import Settings
 from hllm.steps import keys
 from hllm.training.checkpoint import Checkpoints

@@ -1,0 +1,285 @@
+"""Objects in S3, or in any store that speaks its protocol: whole or not at all, in parts where they are
+large, again where the network failed.
+
+Credentials come from the AWS SDK's own chain, the address from AWS_ENDPOINT_URL_S3. The SDK repeats every
+request that may be repeated, each part of a large object by itself, after waits that grow and are jittered;
+it sends a checksum with everything that it stores, and compares the lengths of what it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from hllm.errors import ConfigError, DataError, InfraError
+
+if TYPE_CHECKING:
+    from boto3.s3.transfer import TransferConfig
+
+ATTEMPTS = 6
+"""Of one request, with waits of up to 1, 2, 4, 8 and 16 seconds between them."""
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+"""How long a store may take to answer at all, and between two pieces of an answer."""
+PART_BYTES = 16 << 20
+"""Larger objects travel in parts of this size (larger still, where there would be more than 10,000)."""
+BLOCK_BYTES = 4 << 20
+"""What a reader asks for at a time, at least."""
+
+
+def is_s3(location: str) -> bool:
+    return location.startswith("s3://")
+
+
+def split_s3(location: str) -> tuple[str, str]:
+    """`s3://bucket/a/b` -> ("bucket", "a/b")."""
+    parts = urlsplit(location)
+    return parts.netloc, parts.path.lstrip("/")
+
+
+def s3_client(whole: bool = True) -> Any:
+    """A client that any number of threads may share; making one takes longer than a small request.
+
+    `whole`: what it reads are whole objects, whose checksums can be compared. Not every store knows that the
+    checksum of an object is not the one of a range.
+    """
+    import boto3
+    from botocore.config import Config
+
+    # A session of its own: the default session is not safe to share between threads.
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
+            s3={"addressing_style": os.environ.get("HLLM_S3_ADDRESSING", "path")},
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            tcp_keepalive=True,
+            max_pool_connections=16,
+            response_checksum_validation="when_supported" if whole else "when_required",
+        ),
+    )
+
+
+@contextmanager
+def s3_errors(location: str) -> Iterator[None]:
+    """S3's many exceptions as the few that matter: a setting is wrong, no such object, or try again."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, SSLError
+
+    try:
+        yield
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code == "NoSuchBucket":
+            raise ConfigError(
+                f"the bucket {split_s3(location)[0]} does not exist",
+                where=location,
+                remedy="Create it, or correct the setting that names it (and AWS_ENDPOINT_URL_S3).",
+            ) from None
+        if code in {"404", "NoSuchKey", "NotFound"}:
+            raise DataError("does not exist", where=location) from None
+        if code in _REFUSED:
+            raise InfraError(
+                f"access denied ({code})", where=location, remedy="Check the AWS credentials of this process."
+            ) from None
+        if code in {"412", "PreconditionFailed"}:
+            raise InfraError("was replaced while it was read", where=location) from None
+        raise InfraError(_one_line(error), where=location) from None
+    except SSLError as error:
+        raise ConfigError(
+            f"the certificate is not accepted: {_one_line(error)}",
+            where=location,
+            remedy="Correct AWS_ENDPOINT_URL_S3, or name the authority's certificates in AWS_CA_BUNDLE.",
+        ) from None
+    except NoCredentialsError:
+        raise ConfigError(
+            "there are no AWS credentials",
+            where=location,
+            remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or whatever else the AWS SDK finds.",
+        ) from None
+    except (BotoCoreError, Boto3Error) as error:
+        raise InfraError(
+            _one_line(error),
+            where=location,
+            remedy="Check AWS_ENDPOINT_URL_S3; retrying helps when the network failed.",
+        ) from None
+
+
+_REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _transfer() -> TransferConfig:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4)
+
+
+def upload(path: Path, location: str, client: Any = None) -> None:
+    """One file, in parts where it is large. A failed upload leaves no parts behind, a killed one does: see
+    `abandon_uploads`."""
+    bucket, key = split_s3(location)
+    with s3_errors(location):
+        (client or s3_client()).upload_file(str(path), bucket, key, Config=_transfer())
+
+
+def write_object(location: str, content: bytes, client: Any = None) -> None:
+    """One small object, whole or not at all."""
+    bucket, key = split_s3(location)
+    with s3_errors(location):
+        (client or s3_client()).put_object(Bucket=bucket, Key=key, Body=content)
+
+
+def download(location: str, path: Path, client: Any = None, digest: str = "") -> Path:
+    """Fetch one object, in ranges where it is large; the file appears whole or not at all.
+
+    Raises:
+        DataError: there is no such object.
+        InfraError: its sha256 is not `digest`, twice; or the store does not answer.
+    """
+    bucket, key = split_s3(location)
+    client = client or s3_client()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        for _ in range(2):
+            with s3_errors(location):
+                client.download_file(bucket, key, str(partial), Config=_transfer())
+            if not digest or _digest_file(partial) == digest:
+                os.replace(partial, path)
+                return path
+    finally:
+        partial.unlink(missing_ok=True)
+    raise InfraError(
+        "arrived damaged: its digest differs from the manifest's",
+        where=location,
+        remedy="If it stays so, the object itself is damaged: delete its folder and run its step again.",
+    )
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_object(location: str, client: Any = None) -> bytes | None:
+    """The content of one small object, or None when there is none."""
+    bucket, key = split_s3(location)
+    try:
+        with s3_errors(location):
+            content: bytes = (client or s3_client()).get_object(Bucket=bucket, Key=key)["Body"].read()
+            return content
+    except DataError:
+        return None
+
+
+def head_object(location: str, client: Any = None) -> Mapping[str, Any]:
+    """Size (`ContentLength`), entity tag (`ETag`) and the rest of what the store says of an object."""
+    bucket, key = split_s3(location)
+    with s3_errors(location):
+        found: Mapping[str, Any] = (client or s3_client()).head_object(Bucket=bucket, Key=key)
+        return found
+
+
+def list_objects(location: str) -> list[str]:
+    """Every object under a prefix, page by page."""
+    bucket, prefix = split_s3(location)
+    with s3_errors(location):
+        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
+
+
+def delete_objects(locations: Iterable[str]) -> None:
+    """Objects that are gone already are no error."""
+    client = None
+    for location in locations:
+        client = client or s3_client()
+        bucket, key = split_s3(location)
+        with s3_errors(location):
+            client.delete_object(Bucket=bucket, Key=key)
+
+
+def abandon_uploads(location: str, client: Any = None) -> int:
+    """Throw away the parts of uploads under a prefix that a killed process never finished; how many uploads
+    that were. They are in no listing, and are paid for until somebody does."""
+    bucket, prefix = split_s3(location)
+    client, found = client or s3_client(), 0
+    with s3_errors(location):
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+            for begun in page.get("Uploads", []):
+                client.abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
+                found += 1
+    return found
+
+
+def open_object(location: str) -> io.BufferedReader:
+    """An object as a file to read and to seek in: only the ranges that are read are fetched."""
+    return io.BufferedReader(_Ranges(location), BLOCK_BYTES)
+
+
+class _Ranges(io.RawIOBase):
+    """Ranges of one object as it was when it was opened."""
+
+    def __init__(self, location: str) -> None:
+        self._location, (self._bucket, self._key) = location, split_s3(location)
+        self._client = s3_client(whole=False)
+        head = head_object(location, self._client)
+        self._size, self._tag, self._at = int(head["ContentLength"]), head["ETag"], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        content = self._fetch(self._at, wanted)
+        buffer[:wanted] = content
+        self._at += wanted
+        return wanted
+
+    def readall(self) -> bytes:
+        """By itself Python would ask for 8 KiB at a time."""
+        found = []
+        while self._at < self._size:
+            found.append(self._fetch(self._at, min(PART_BYTES, self._size - self._at)))
+            self._at += len(found[-1])
+        return b"".join(found)
+
+    def _fetch(self, start: int, count: int) -> bytes:
+        """The SDK repeats a request that failed, but not the reading of an answer that broke off."""
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+        asked = {"Range": f"bytes={start}-{start + count - 1}", "IfMatch": self._tag}
+        with s3_errors(self._location):
+            for attempt in range(ATTEMPTS):
+                try:
+                    answer = self._client.get_object(Bucket=self._bucket, Key=self._key, **asked)
+                    if answer["ETag"] != self._tag:  # stores that do not heed IfMatch
+                        raise InfraError("was replaced while it was read", where=self._location)
+                    content: bytes = answer["Body"].read()
+                    if len(content) == count:
+                        return content
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    if attempt == ATTEMPTS - 1:
+                        raise
+        raise InfraError(f"only {len(content)} of {count} bytes came", where=self._location)

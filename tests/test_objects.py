@@ -1,0 +1,244 @@
+"""Objects against a real S3 server, with a proxy before it that resets, refuses, stalls and cuts off."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hllm import objects
+from hllm.artifacts import Manifest, Store, digest_of
+from hllm.errors import ConfigError, DataError, InfraError
+from tests.conftest import S3, free_port
+from tests.faulty import Fault, Proxy, faulty
+
+LARGE = bytes(range(256)) * (9 << 12)  # 9 MiB: two parts with the smallest part that S3 allows
+
+
+@pytest.fixture
+def parts_of_5_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between attempts, that is: botocore draws its waits from here."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+
+
+@pytest.fixture
+def proxy(s3: S3, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> Iterator[Proxy]:
+    """The S3 server behind a proxy; clients made from here on go through it."""
+    with faulty(s3.endpoint) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", between.url)
+        yield between
+
+
+def large(folder: Path) -> Path:
+    path = folder / "large.bin"
+    path.write_bytes(LARGE)
+    return path
+
+
+def test_a_large_object_travels_in_parts_and_comes_back_whole(
+    s3: S3, tmp_path: Path, parts_of_5_mib: None
+) -> None:
+    location = f"{s3.bucket('objects-large')}/a/large.bin"
+    objects.upload(large(tmp_path), location)
+    assert objects.head_object(location)["ContentLength"] == len(LARGE)
+    back = objects.download(location, tmp_path / "back.bin", digest=hashlib.sha256(LARGE).hexdigest())
+    assert back.read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("kind", ["503", "reset"])
+def test_an_upload_survives_faults_on_its_way(
+    s3: S3, proxy: Proxy, tmp_path: Path, parts_of_5_mib: None, kind: str
+) -> None:
+    location = f"{s3.bucket(f'objects-up-{kind}')}/large.bin"
+    proxy.faults = [Fault(kind, times=3, after=1 << 20, method="PUT")]  # type: ignore[arg-type]
+    objects.upload(large(tmp_path), location)
+    assert proxy.seen == 3
+    assert objects.download(location, tmp_path / "back.bin").read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("kind", ["503", "truncate"])
+def test_a_download_survives_faults_on_its_way(
+    s3: S3, proxy: Proxy, tmp_path: Path, parts_of_5_mib: None, kind: str
+) -> None:
+    location = f"{s3.bucket(f'objects-down-{kind}')}/large.bin"
+    objects.upload(large(tmp_path), location)
+    proxy.faults = [Fault(kind, times=3, after=1 << 20, method="GET")]  # type: ignore[arg-type]
+    assert objects.download(location, tmp_path / "back.bin").read_bytes() == LARGE
+    assert proxy.seen == 3
+
+
+def test_a_slow_store_is_waited_for(s3: S3, proxy: Proxy, tmp_path: Path) -> None:
+    location = f"{s3.bucket('objects-slow')}/large.bin"
+    objects.upload(large(tmp_path), location)
+    proxy.delay = 0.005
+    assert objects.download(location, tmp_path / "back.bin").read_bytes() == LARGE
+
+
+def test_a_store_that_never_answers_is_given_up_with_one_line(
+    s3: S3, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = f"{s3.bucket('objects-stalled')}/small"
+    monkeypatch.setattr(objects, "READ_SECONDS", 0.2)
+    proxy.faults = [Fault("stall", times=99, after=5)]
+    with pytest.raises(InfraError, match="Read timeout") as error:
+        objects.write_object(location, b"small")
+    assert 3 <= proxy.seen <= objects.ATTEMPTS
+    assert error.value.first_line.startswith(location)
+
+
+def test_an_upload_that_fails_leaves_no_parts(
+    s3: S3, proxy: Proxy, tmp_path: Path, parts_of_5_mib: None
+) -> None:
+    bucket = s3.bucket("objects-given-up")
+    proxy.faults = [Fault("503", times=99, method="PUT /objects-given-up/large.bin?uploadId")]
+    with pytest.raises(InfraError, match="SlowDown"):
+        objects.upload(large(tmp_path), f"{bucket}/large.bin")
+    assert objects.list_objects(f"{bucket}/") == []
+    assert objects.abandon_uploads(f"{bucket}/") == 0
+
+
+def test_what_a_killed_upload_left_is_thrown_away_by_the_next(
+    s3: S3, tmp_path: Path, parts_of_5_mib: None
+) -> None:
+    """The output's own parts only: another output's upload goes on."""
+    bucket = s3.bucket("objects-killed")
+    client = objects.s3_client()
+    for key in ("ingest/k/large.bin", "ingest/other/large.bin"):
+        begun = client.create_multipart_upload(Bucket="objects-killed", Key=key)
+        client.upload_part(
+            Bucket="objects-killed", Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=LARGE[: 5 << 20]
+        )
+    store = Store(bucket)
+    folder = store.folder("ingest", "k")
+    folder.mkdir(parents=True)
+    digest = hashlib.sha256(large(folder).read_bytes()).hexdigest()
+    files = {"large.bin": digest}
+    store.finish(Manifest("ingest", "k", "s", "0", "2026-01-01T00:00:00", 1.0, digest_of(files), files=files))
+    left = client.list_multipart_uploads(Bucket="objects-killed").get("Uploads", [])
+    assert [one["Key"] for one in left] == ["ingest/other/large.bin"]
+    assert objects.abandon_uploads(f"{bucket}/") == 1
+
+
+KILLED = """
+import sys
+from hllm.artifacts import Manifest, Store, digest_of, file_digests
+store = Store(sys.argv[1])
+folder = store.folder("ingest", "k")
+files = file_digests(folder)
+print("begins", flush=True)
+store.finish(Manifest("ingest", "k", "s", "0", "2026-01-01T00:00:00", 1.0, digest_of(files), files=files))
+"""
+
+
+def test_an_output_whose_process_was_killed_while_it_sent_it_is_never_read(
+    s3: S3, proxy: Proxy, tmp_path: Path
+) -> None:
+    bucket = s3.bucket("objects-half")
+    folder = Store(bucket).folder("ingest", "k")
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"{number:02}.bin").write_bytes(LARGE[: 1 << 18])
+    proxy.delay = 0.02
+    argv = [sys.executable, "-c", KILLED, bucket]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        deadline = time.monotonic() + 20
+        while not (sent := objects.list_objects(f"{bucket}/ingest/k/")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert 0 < len(sent) < 41
+    assert Store(bucket).manifest("ingest", "k") is None
+    with pytest.raises(DataError, match="ingest has no finished output"):
+        Store(bucket, cache=tmp_path / "elsewhere").fetch("ingest", "k")
+
+
+def test_what_arrives_damaged_is_fetched_again_and_then_refused(s3: S3, tmp_path: Path) -> None:
+    location = f"{s3.bucket('objects-damaged')}/small"
+    objects.write_object(location, b"not what the manifest says")
+    with pytest.raises(InfraError, match="small: arrived damaged"):
+        objects.download(location, tmp_path / "small", digest=hashlib.sha256(b"what").hexdigest())
+    assert list(tmp_path.glob("*small*")) == []
+
+
+def test_only_the_ranges_that_are_read_are_fetched(
+    s3: S3, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = f"{s3.bucket('objects-ranges')}/large.bin"
+    objects.write_object(location, LARGE)
+    monkeypatch.setattr(objects, "BLOCK_BYTES", 1 << 10)
+    proxy.faults = [Fault("truncate", times=2, after=100, method="GET")]
+    with objects.open_object(location) as file:
+        file.seek(-300, os.SEEK_END)
+        assert file.read() == LARGE[-300:]
+        file.seek(1 << 20)
+        assert file.read(5) == LARGE[1 << 20 :][:5]
+        assert file.seek(0, os.SEEK_CUR) == (1 << 20) + 5
+    assert proxy.seen == 2
+    with objects.open_object(location) as file:
+        assert file.read() == LARGE
+
+
+def test_an_object_that_changes_while_it_is_read_is_an_error(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = f"{s3.bucket('objects-changing')}/log"
+    objects.write_object(location, LARGE)
+    monkeypatch.setattr(objects, "BLOCK_BYTES", 1 << 10)
+    with objects.open_object(location) as file:
+        file.read(10)
+        objects.write_object(location, LARGE[::-1])
+        with pytest.raises(InfraError, match="log: was replaced while it was read"):
+            file.read()
+
+
+def test_listings_go_on_over_pages(s3: S3) -> None:
+    bucket = s3.bucket("objects-many")
+    folder = s3.folder / "objects-many" / "ingest"
+    folder.mkdir()
+    for number in range(1105):
+        (folder / f"{number:04}").touch()
+    assert len(objects.list_objects(f"{bucket}/ingest/")) == 1105
+
+
+def test_a_bucket_that_does_not_exist_is_a_setting_to_correct(s3: S3) -> None:
+    with pytest.raises(ConfigError, match="the bucket no-such-bucket does not exist") as error:
+        Store("s3://no-such-bucket/runs").manifest("ingest", "k")
+    assert "Create it" in str(error.value)
+
+
+def test_without_credentials_it_says_so(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="there are no AWS credentials"):
+        objects.read_object("s3://bucket/key")
+
+
+def test_a_certificate_for_another_name_is_a_setting_to_correct(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    argv += ["-days", "2", "-subj", "/CN=storage", "-addext", "subjectAltName=DNS:storage.example"]
+    subprocess.run([*argv, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    from tests.conftest import serve_s3
+
+    with serve_s3(tmp_path / "tls", "127.0.0.1", free_port(), key=key, certificate=certificate) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        with pytest.raises(ConfigError, match=r"certificate is not accepted: .*storage\.example"):
+            objects.read_object("s3://bucket/key")

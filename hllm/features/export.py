@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.artifacts import Manifest
+from hllm.artifacts import Manifest, digest_file
 from hllm.errors import DataError
 
 UNIT = 1e-3
@@ -63,31 +63,11 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Export:
+class Vectors:
+    """A folder of vectors, D wide."""
+
     folder: Path
-    manifest: Manifest
     width: int
-
-    @classmethod
-    def open(cls, folder: Path) -> Export:
-        """The export of a folder, with every row that its manifest counts.
-
-        Raises:
-            DataError: it is not finished, or files of it have gone since.
-        """
-        manifest = Manifest.read(folder)
-        if manifest is None:
-            raise DataError("is not a finished export", where=folder)
-        export = cls(folder, manifest, int(manifest.facts["width"]))
-        for entity in ENTITIES:
-            counted = manifest.rows.get(f"{entity.name}s")
-            if counted is not None and (found := export.rows(entity)) != counted:
-                raise DataError(
-                    f"holds {found:,} {entity.name} vectors, its manifest counts {counted:,}",
-                    where=folder,
-                    remedy="Files of it were lost: delete the folder and run `hllm embed --stage 3` again.",
-                )
-        return export
 
     def files(self, entity: Entity) -> list[Path]:
         found = (
@@ -147,6 +127,53 @@ class Export:
             feature: arrow.column(column).to_pylist() for column, feature in entity.columns.items()
         }
         return Batch(entity, first, names, vectors_ND, values)
+
+
+@dataclass(frozen=True)
+class Export(Vectors):
+    """What `hllm embed --stage 3` finished."""
+
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Export:
+        """The export of a folder, with every row that its manifest counts.
+
+        Raises:
+            DataError: it is not finished, or files of it have gone since.
+        """
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            raise DataError("is not a finished export", where=folder)
+        export = cls(folder, int(manifest.facts["width"]), manifest)
+        for entity in ENTITIES:
+            counted = manifest.rows.get(f"{entity.name}s")
+            if counted is not None and (found := export.rows(entity)) != counted:
+                raise DataError(
+                    f"holds {found:,} {entity.name} vectors, its manifest counts {counted:,}",
+                    where=folder,
+                    remedy="Files of it were lost: delete the folder and run `hllm embed --stage 3` again.",
+                )
+        return export
+
+    def require_untouched(self) -> None:
+        """Every file still has the content that the manifest names.
+
+        Raises:
+            DataError: one has not: a disk or a hand changed it.
+        """
+        paths = [path for entity in ENTITIES for path in self.files(entity)]
+        damaged = [
+            path.name for path in paths if self.manifest.files.get(path.name) != digest_file(path)
+        ]
+        if damaged:
+            raise DataError(
+                "files are not what was exported: their digests differ from the manifest's",
+                where=self.folder,
+                count=(len(damaged), len(paths)),
+                examples=damaged,
+                remedy="None of it is published. Delete the folder and run `hllm embed --stage 3` again.",
+            )
 
 
 def bad_vectors(vectors_ND: npt.NDArray[np.float32]) -> tuple[str, npt.NDArray[np.int64]] | None:

@@ -1,46 +1,128 @@
-"""Vectors into Feast's online store: messages made straight from Arrow's memory, in batches, resumable."""
+"""Vectors into the online store, in batches, resumable: Redis directly, others through Feast's writer."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hllm.features.export import Batch, Entity, Export
+from hllm.features.export import ENTITIES, Batch, Entity, Vectors
+from hllm.features.messages import messages, stored_bytes
+from hllm.features.redis_rows import Rows, claim, connect, require_room
+from hllm.features.views import view_name
 from hllm.progress import Progress
+from hllm.settings import Settings
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
-LENGTH_DELIMITED = 2
-"""Protocol Buffers' wire type of strings, messages and packed arrays."""
-
 
 def write_online(
+    settings: Settings,
     store: FeatureStore,
     view: FeatureView,
-    export: Export,
+    vectors: Vectors,
     entity: Entity,
     *,
     version: int,
     at: datetime,
-    batch_rows: int,
     start: int,
     written: Callable[[int], None],
 ) -> None:
-    """Write every row from `start` on through the online store's writer; `written(rows)` after each batch.
-
-    Feast's `write_to_online_store` takes a pandas frame with one Python list per vector and infers every
-    value's type. The store below it takes messages; the vectors are already in a message's own layout."""
-    with _no_cycle_search(), Progress(f"publish {view.name}", export.rows(entity), start=start) as progress:
-        for batch in export.batches(entity, batch_rows, start):
-            store.provider.online_write_batch(store.config, view, messages(batch, version, at), None)
+    """Write every row from `start` on; `written(rows)` after each batch that the store has confirmed."""
+    batches = vectors.batches(entity, settings.feast.write_batch_rows, start)
+    if settings.feast.online == "redis":
+        done = rows_of(settings, entity, version).write(connect(settings), batches, version, at)
+    else:
+        done = _through_feast(store, view, batches, version, at)
+    with _no_cycle_search(), Progress(f"publish {view.name}", vectors.rows(entity), start=start) as progress:
+        for batch in done:
             written(batch.first + len(batch.ids))
             progress.advance(len(batch.ids))
+
+
+def rows_of(settings: Settings, entity: Entity, version: int) -> Rows:
+    """Where Redis keeps the rows of a version's view."""
+    return Rows(settings.feast.project, entity, view_name(entity, version))
+
+
+def kept_until(settings: Settings, vectors: Vectors, entity: Entity, version: int, end: int) -> int:
+    """How many of the first `end` rows the online store still has, from the first on without a gap.
+
+    A Redis that was restarted may have lost rows it had confirmed; the others confirm what is on disk."""
+    if settings.feast.online != "redis" or not end:
+        return end
+    redis, rows = connect(settings), rows_of(settings, entity, version)
+    whole = stored_bytes(vectors.width)
+    for batch in vectors.batches(entity, settings.feast.write_batch_rows):
+        if batch.first >= end:
+            break
+        lengths = rows.vector_lengths(redis, batch.ids[: end - batch.first])
+        if any(length != whole for length in lengths):
+            return batch.first
+    return end
+
+
+def missing_online(
+    settings: Settings, vectors: Vectors, entity: Entity, version: int
+) -> tuple[int, list[str]]:
+    """Rows whose vector is not in Redis at its full width: how many, and three of them. Reads no vector, so
+    that every row can be asked for; other stores count their rows (0 here)."""
+    if settings.feast.online != "redis":
+        return 0, []
+    redis, rows = connect(settings), rows_of(settings, entity, version)
+    whole, count = stored_bytes(vectors.width), 0
+    examples: list[str] = []
+    for batch in vectors.batches(entity, settings.feast.write_batch_rows):
+        lengths = rows.vector_lengths(redis, batch.ids)
+        missing = [name for name, length in zip(batch.ids, lengths, strict=True) if length != whole]
+        count, examples = count + len(missing), (examples + missing)[:3]
+    return count, examples
+
+
+@contextlib.contextmanager
+def publisher(settings: Settings, version: int) -> Iterator[Callable[[], None]]:
+    """The only writer of a version's online rows, on whatever machine. Yields what says "still here".
+
+    Redis knows who it is; writers of the other stores are kept apart by the lock on their output folder.
+
+    Raises:
+        InfraError: there is another one.
+    """
+    if settings.feast.online != "redis":
+        yield lambda: None
+        return
+    with claim(connect(settings), settings.feast.project, version) as held:
+        yield held.hold
+
+
+def require_room_for(settings: Settings, vectors: Vectors, version: int) -> None:
+    """Redis holds everything in memory: is there enough for all rows that are not there yet?
+
+    Raises:
+        ConfigError, InfraError: no.
+    """
+    if settings.feast.online != "redis":
+        return
+    redis, now = connect(settings), datetime.now(UTC)
+    for entity in ENTITIES:
+        rows = rows_of(settings, entity, version)
+        first = next(vectors.batches(entity, 100))
+        if sum(map(bool, rows.vector_lengths(redis, first.ids))) < len(first.ids):
+            each = len(rows.commands(first, version, now)) // len(first.ids)
+            require_room(redis, vectors.rows(entity), each, f"redis {settings.feast.online_url}")
+
+
+def _through_feast(
+    store: FeatureStore, view: FeatureView, batches: Iterator[Batch], version: int, at: datetime
+) -> Iterator[Batch]:
+    """Feast's `write_to_online_store` takes a pandas frame with one Python list per vector and infers every
+    value's type. The store below it takes messages; the vectors are already in a message's own layout."""
+    for batch in batches:
+        store.provider.online_write_batch(store.config, view, messages(batch, version, at), None)
+        yield batch
 
 
 @contextlib.contextmanager
@@ -54,51 +136,3 @@ def _no_cycle_search() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def messages(batch: Batch, version: int, at: datetime) -> list[Any]:
-    """What an online store writes: (entity key, feature -> value, event time, creation time) of every row."""
-    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-    from feast.protos.feast.types.Value_pb2 import Value
-
-    entity, width = batch.entity, batch.vectors_ND.shape[1]
-    head, floats = _vector_header(width), batch.vectors_ND.astype("<f4", copy=False).tobytes()
-    size, keys, model_version = 4 * width, [entity.join_key], Value(string_val=str(version))
-    found = []
-    for row, name in enumerate(batch.ids):
-        values = {
-            entity.vector: Value.FromString(head + floats[row * size : (row + 1) * size]),
-            entity.model_version: model_version,
-        }
-        for feature, column in batch.values.items():
-            values[feature] = Value(int64_val=column[row])
-        found.append((EntityKey(join_keys=keys, entity_values=[Value(string_val=name)]), values, at, at))
-    return found
-
-
-def _vector_header(width: int) -> bytes:
-    """The bytes before a vector's floats in `Value(float_list_val=FloatList(val=...))`.
-
-    A packed array of floats is stored as the floats themselves, little-endian: putting these bytes before
-    a row of the matrix is the whole conversion, and the floats that come back are the same bits."""
-    from feast.protos.feast.types.Value_pb2 import FloatList, Value
-
-    inner = _tag(FloatList.DESCRIPTOR.fields_by_name["val"].number) + _varint(4 * width)
-    outer = _tag(Value.DESCRIPTOR.fields_by_name["float_list_val"].number)
-    head = outer + _varint(len(inner) + 4 * width) + inner
-    probe = np.arange(width, dtype="<f4")
-    if Value.FromString(head + probe.tobytes()) != Value(float_list_val=FloatList(val=probe.tolist())):
-        raise AssertionError("Feast's message layout is not the one this code was written for")
-    return head
-
-
-def _tag(number: int) -> bytes:
-    return _varint(number << 3 | LENGTH_DELIMITED)
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*found, value])

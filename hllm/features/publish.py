@@ -3,7 +3,8 @@
 The order makes every moment safe to be killed in:
     1. the two views, tagged with the export's digest and the moment the publication began: from here on the
        registry itself refuses other data under this version's name
-    2. the online rows, in batches; progress.json says how far, a batch written twice is the same rows
+    2. the online rows, in batches; progress.json says how far, a batch written twice is the same rows, and
+       what Redis lost since (a restart) is found and written again
     3. the service, tagged with the moment from which its rows can be read: the event time of step 4
     4. the offline tables, each whole or not at all
     5. the manifest: no manifest, no publication
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,7 +37,7 @@ from hllm.artifacts import (
 from hllm.errors import ConfigError, DataError
 from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export
 from hllm.features.offline import write_offline
-from hllm.features.online import write_online
+from hllm.features.online import kept_until, publisher, require_room_for, write_online
 from hllm.features.store import open_store, registry_lock, service_errors, write_yaml
 from hllm.features.views import Views, service_name, view_name, views_of
 from hllm.settings import Settings
@@ -67,7 +69,11 @@ def publish(settings: Settings, version: str | None = None) -> None:
     info = registered_version(settings, version)
     outputs, key = Store(settings.run.root), f"v{info.version}"
     export = export_of(info.tags["export"])
-    with outputs.lock(STEP, key), service_errors(settings):
+    with (
+        service_errors(settings),
+        outputs.lock(STEP, key),
+        publisher(settings, info.version) as still_here,
+    ):
         folder = outputs.folder(STEP, key)
         done = outputs.manifest(STEP, key)
         same = done and done.settings_digest == identity(settings, export)
@@ -80,9 +86,13 @@ def publish(settings: Settings, version: str | None = None) -> None:
         if serving and serving.version == info.version:
             raise _serves_elsewhere(settings, info, done is not None, bool(same))
         (folder / MANIFEST).unlink(missing_ok=True)
+        export.require_untouched()
+        require_room_for(settings, export, info.version)
         set_tags(settings, info.version, {"publication": "publishing"})
         with version_run(settings, info, STEP, settings.feast.model_dump(mode="json")) as tracker:
-            manifest = Publication(settings, export, info.version, outputs, resume=done is None).run()
+            manifest = Publication(
+                settings, export, info.version, outputs, resume=done is None, still_here=still_here
+            ).run()
             tracker.finish(manifest)
         set_tags(settings, info.version, {"publication": "published"})
     online = manifest.facts
@@ -144,6 +154,7 @@ class Publication:
     outputs: Store
     resume: bool
     """False when an earlier publication ended but was found damaged: everything is written again."""
+    still_here: Callable[[], None]
 
     def __post_init__(self) -> None:
         self.key = f"v{self.version}"
@@ -157,7 +168,9 @@ class Publication:
         progress = self._read_progress(started_at)
         written, online_began = 0, time.monotonic()
         for entity in ENTITIES:
-            start = progress.get(entity.name, 0)
+            start = kept_until(
+                self.settings, self.export, entity, self.version, progress.get(entity.name, 0)
+            )
             self._write_online(views, entity, started_at, progress, start)
             written += self.export.rows(entity) - start
         online_seconds = time.monotonic() - online_began
@@ -219,17 +232,18 @@ class Publication:
         self, views: Views, entity: Entity, started_at: datetime, progress: dict[str, Any], start: int
     ) -> None:
         def written(rows: int) -> None:
+            self.still_here()
             progress[entity.name] = rows
             self._save(PROGRESS, progress)
 
         write_online(
+            self.settings,
             self.store,
             views.of(entity),
             self.export,
             entity,
             version=self.version,
             at=started_at,
-            batch_rows=self.settings.feast.write_batch_rows,
             start=start,
             written=written,
         )

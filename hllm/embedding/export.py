@@ -54,6 +54,7 @@ def export(context: Context) -> None:
     context.facts = {
         "width": item_vectors.shape[1],
         "family": family,
+        "objective": context.settings.model.objective if family == "hllm" else "generative",
         "as_of": datetime.fromtimestamp(newest, UTC).isoformat(),
     }
 
@@ -88,6 +89,7 @@ def _export_users(
                 np.full(len(users), as_of),
                 settings.users_per_batch,
                 progress.advance,
+                published=True,
             )
             if not np.isfinite(vectors).all():
                 raise DataError(

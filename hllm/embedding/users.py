@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,34 +54,67 @@ def vectors_of_histories(
     asked_R: Ints,
     batch: int,
     advance: Callable[[int], None] | None = None,
+    published: bool = False,
 ) -> Floats:
     """Vectors of the histories event_items[start : start + length], asked for at a moment of their own
     (seconds UTC, or UNKNOWN_TIME as any time may be): (R, D), unit length. Histories are never empty.
 
-    Short histories are encoded with short ones, so a batch holds no padding and one long history does not
-    slow the rest.
+    The vector is the predicted next interest, which ranks a catalogue. A model of late fusion has another
+    one, its output at [USER]: with `published`, the vector that other models are to read.
+    """
+    read: Any = model.user_token_vectors if published and has_user_token(model) else None
+    vectors_RD = np.empty((len(starts_R), item_vectors_ID.shape[1]), np.float32)
+    batches = packed_histories(
+        model, item_vectors_ID, event_items, event_times, starts_R, lengths_R, asked_R, batch
+    )
+    with torch.inference_mode():
+        for rows, inputs_TD, history in batches:
+            if read:
+                vectors_SD = read(inputs_TD, history)
+            else:
+                vectors_SD = model(inputs_TD, history)[torch.from_numpy(history.packing.last_S)]
+            vectors_RD[rows] = vectors_SD.float().numpy()
+            if advance:
+                advance(len(rows))
+    return vectors_RD
+
+
+def has_user_token(model: nn.Module) -> bool:
+    """Whether the published user vector is not the predicted next interest."""
+    return getattr(model, "objective", "") == "late_fusion"
+
+
+def packed_histories(
+    model: nn.Module,
+    item_vectors_ID: Floats,
+    event_items: Ints,
+    event_times: Ints,
+    starts_R: Ints,
+    lengths_R: Ints,
+    asked_R: Ints,
+    batch: int,
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, History]]:
+    """Batches of at most `batch` histories: their rows, the (T, D) vectors of their items, and themselves.
+
+    Short histories come with short ones, so a batch holds no padding and one long history does not slow the
+    rest.
     """
     known = getattr(model, "max_history", None)
     if known:  # ID-based families know as many positions as their training windows were long
         skipped_R = np.maximum(lengths_R - known, 0)
         starts_R, lengths_R = starts_R + skipped_R, lengths_R - skipped_R
-    vectors_RD = np.empty((len(starts_R), item_vectors_ID.shape[1]), np.float32)
     order = np.argsort(lengths_R, kind="stable")
-    with torch.inference_mode():
-        for begin in range(0, len(order), batch):
-            rows = order[begin : begin + batch]
-            packing = Packing(np.asarray(lengths_R[rows], np.int64))
-            positions = ragged(starts_R[rows], lengths_R[rows])
-            items_T, times_T = (
-                np.asarray(column[positions], np.int64) for column in (event_items, event_times)
-            )
-            next_times_T = np.append(times_T[1:], UNKNOWN_TIME)
-            next_times_T[packing.last_S] = asked_R[rows]
-            outputs_TD = model(
-                torch.from_numpy(np.asarray(item_vectors_ID[items_T], np.float32)),
-                History(packing, items_T, times_T, next_times_T),
-            )
-            vectors_RD[rows] = outputs_TD[torch.from_numpy(packing.last_S)].float().numpy()
-            if advance:
-                advance(len(rows))
-    return vectors_RD
+    for begin in range(0, len(order), batch):
+        rows = order[begin : begin + batch]
+        packing = Packing(np.asarray(lengths_R[rows], np.int64))
+        positions = ragged(starts_R[rows], lengths_R[rows])
+        items_T, times_T = (
+            np.asarray(column[positions], np.int64) for column in (event_items, event_times)
+        )
+        next_times_T = np.append(times_T[1:], UNKNOWN_TIME)
+        next_times_T[packing.last_S] = asked_R[rows]
+        yield (
+            rows,
+            torch.from_numpy(np.asarray(item_vectors_ID[items_T], np.float32)),
+            History(packing, items_T, times_T, next_times_T),
+        )

@@ -25,7 +25,7 @@ def rank_package(prepared: Prepared, package: Any, settings: Settings, held_out:
     among, known_ids = among.take(rows), [ids[item] for item in np.flatnonzero(known_I)]
     users_RD = np.concatenate(
         [
-            np.asarray(package.user_vectors(*_histories(among, block, known_ids, settings)), np.float32)
+            np.asarray(package.interest_vectors(*_histories(among, block, known_ids, settings)), np.float32)
             for block in among.blocks(settings.embed.users_per_batch)
         ]
     )

@@ -1,4 +1,5 @@
-"""Every model on the same held-out events: full ranking, segments, intervals, readable examples."""
+"""Every model on the same held-out events: full ranking, segments, intervals, readable examples; of
+discriminative models also how well they tell what users liked."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from hllm.data.prepared import Prepared
 from hllm.errors import DataError
 from hllm.evaluation.champion import rank_package
 from hllm.evaluation.examples import examples
+from hllm.evaluation.labelled import cosines, labelled_rows, measure_labelled, simple_scores
 from hllm.evaluation.measure import PART, compare, entry, measure
 from hllm.evaluation.rank_table import rank_table, read_ranks, write_ranks
 from hllm.evaluation.ranking import (
@@ -28,6 +30,9 @@ from hllm.evaluation.segments import segments
 from hllm.progress import Progress
 from hllm.settings import Settings
 from hllm.steps import Context, stages_of
+
+if TYPE_CHECKING:
+    from hllm.models.users import DecoderUser
 
 POPULAR = "popular"
 
@@ -45,14 +50,22 @@ def evaluate(context: Context) -> None:
         )
     candidate = candidate_label(settings)
     ranks = {POPULAR: rank_by_popularity(training_counts(prepared), held_out)}
+    judging = settings.model.family == "hllm" and settings.model.objective != "generative"
+    rows = labelled_rows(prepared, held_out)
+    judged = held_out.take(rows)
+    scores = simple_scores(prepared, judged) if judging else {}
     for label in trained_labels(context.inputs):
         users_RD, items_ID = held_out_vectors(context, label, prepared, held_out)
+        if judging:
+            scores[label] = labelled_scores(context, label, prepared, judged, users_RD[rows], items_ID)
         with Progress(f"rank {label}", len(held_out), "event") as progress:
             ranks[label] = rank_by_vectors(users_RD, items_ID, held_out, label, advance=progress.advance)
         if label == candidate:
             shown = examples(settings, prepared, held_out, ranks[label], users_RD, items_ID)
             _write_json(context.output / "examples.json", shown)
     metrics = measure(settings, prepared, held_out, ranks, candidate)
+    if judging:
+        metrics["labelled"] = measure_labelled(settings, prepared, judged, scores, candidate)
     _write_json(context.output / "metrics.json", metrics)
     write_ranks(context.output / "ranks.parquet", held_out, ranks)
     _report_headline(context, metrics)
@@ -92,6 +105,28 @@ def held_out_vectors(
     return np.asarray(users_RD), np.asarray(items_ID)
 
 
+def labelled_scores(
+    context: Context, label: str, prepared: Prepared, judged: HeldOut, users_RD: Floats, items_ID: Floats
+) -> np.ndarray:
+    """(R,) probabilities where the model has them, else the scores that it ranks items with."""
+    from hllm.embedding.scores import held_out_scores, judges
+    from hllm.models.load import load_user_model
+
+    model, embed = load_user_model(context.inputs[f"train-{label}"]), context.settings.embed
+    if not judges(model):
+        return cosines(users_RD, items_ID, judged)
+    return held_out_scores(
+        cast("DecoderUser", model),
+        items_ID,
+        prepared,
+        judged.users_R,
+        judged.positions_R,
+        judged.asked_R,
+        embed.max_history,
+        embed.users_per_batch,
+    )
+
+
 def evaluate_package(
     prepared: Prepared, package: Any, settings: Settings, candidate_folder: Path | None = None
 ) -> tuple[dict[str, Any], Any]:
@@ -125,6 +160,8 @@ def _report_headline(context: Context, metrics: Mapping[str, Any]) -> None:
     }
     candidate = metrics["models"][metrics["candidate"]]["overall"][metrics["headline"]]
     context.facts |= {name: round(figure["value"], 6) for name, figure in candidate.items()}
+    judged = metrics.get("labelled", {}).get("models", {}).get(metrics["candidate"], {})
+    context.facts |= {name: round(figure["value"], 6) for name, figure in judged.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -9,8 +9,9 @@ FAMILY_NAMES = {"hllm": "HLLM", "sasrec": "SASRec", "hstu": "HSTU"}
 
 def model_name(label: str) -> str:
     """`hllm-2` -> `HLLM stage 2`; a family with one stage does not number it."""
-    if label in ("popular", "champion"):
-        return {"popular": "Most popular", "champion": "Champion"}[label]
+    fixed = {"popular": "Most popular", "champion": "Champion", "item-rate": "Share of likes of the item"}
+    if label in fixed:
+        return fixed[label]
     family, _, stage = label.rpartition("-")
     name = FAMILY_NAMES.get(family, family)
     return f"{name} stage {stage}" if len(FAMILIES.get(family, ())) > 1 else name

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.models.history import UNKNOWN_TIME, History
+from hllm.models.history import UNKNOWN_TIME
 
 PARTS = ("year", "month", "day", "hour", "minute", "second")
 SIZES = (2100, 13, 32, 24, 60, 60)
@@ -82,13 +82,14 @@ class EventFeatures(nn.Module):
             found |= {"time": self.time.precision, "time_width": self.time.part_width}
         return found
 
-    def forward(self, history: History) -> Sequence[Tensor]:
-        """One (T, D) tensor for each feature."""
+    def forward(self, items_T: npt.NDArray[np.int64], times_T: npt.NDArray[np.int64]) -> Sequence[Tensor]:
+        """Item indices (or UNKNOWN_ITEM) and seconds UTC (or UNKNOWN_TIME) -> one (T, D) tensor per feature;
+        zeros where the item or the time is unknown."""
         found = []
         if self.time:
-            found.append(self.time(history.times_T))
+            found.append(self.time(times_T))
         if self.items:
-            items_T = torch.from_numpy(history.items_T).to(self.ids.device)
-            known_T = (items_T >= 0) & (items_T < self.items)
-            found.append(self.ids[items_T.where(known_T, 0)] * known_T[:, None])
+            ids_T = torch.from_numpy(items_T).to(self.ids.device)
+            known_T = (ids_T >= 0) & (ids_T < self.items)
+            found.append(self.ids[ids_T.where(known_T, 0)] * known_T[:, None])
         return found

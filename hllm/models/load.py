@@ -64,7 +64,7 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
             inside = user_llm.config.hidden_size
             known = prepared.items if chosen.item_id else 0
             features = EventFeatures(inside, chosen.time, chosen.time_width, known)
-        user = DecoderUser(user_llm, items.width, features)
+        user = DecoderUser(user_llm, items.width, features, model.objective)
         load_whole.cache_clear()
         items.requires_grad_(not model.item_llm.frozen)
         user.decoder.requires_grad_(not model.user_llm.frozen)
@@ -73,15 +73,16 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         longest = settings.at(f"train.{family}.history_length")
         items = IdItems(prepared.items, shape.width)
         user = ID_USERS[family](shape.width, shape.layers, shape.heads, shape.dropout, longest)
-    return Recommender(items, user, model.temperature)
+    return Recommender(items, user, model.temperature, model.generative_weight)
 
 
 def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.float32]) -> Recommender:
     """Stage 2: the user model as stage 1 left it, over cached item vectors; the Item LLM is not loaded."""
     user, log_scale = _load_user(before)
-    model = Recommender(CachedItems(vectors_ID), user, settings.model.temperature)
+    chosen = settings.model
+    model = Recommender(CachedItems(vectors_ID), user, chosen.temperature, chosen.generative_weight)
     if isinstance(user, DecoderUser):
-        user.decoder.requires_grad_(not settings.model.user_llm.frozen)
+        user.decoder.requires_grad_(not chosen.user_llm.frozen)
     with torch.no_grad():
         model.log_scale.copy_(log_scale)
     return model
@@ -93,6 +94,7 @@ def save_model(model: Recommender, family: str, folder: Path) -> None:
     if isinstance(model.user, DecoderUser):
         shape["user"] = _plain(model.user.decoder.config)
         shape["user_features"] = model.user.features.shape if model.user.features else None
+        shape["objective"] = model.user.objective
     else:
         block: Any = model.user.blocks[0]
         shape["user"] = {
@@ -147,7 +149,7 @@ def _load_user(folder: Path) -> tuple[UserModel, Tensor]:
         decoder = decoder_from_config({**shape["user"], "vocab_size": 2})
         chosen = shape.get("user_features")
         features = EventFeatures(decoder.config.hidden_size, **chosen) if chosen else None
-        user = DecoderUser(decoder, shape["width"], features)
+        user = DecoderUser(decoder, shape["width"], features, shape.get("objective", "generative"))
     else:
         user = ID_USERS[shape["family"]](**shape["user"])
     user.load_state_dict(weights)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hllm.artifacts import clear, write_atomically
+from hllm.errors import ConfigError
 
 # B histories, I items, D vector width
 
@@ -37,6 +38,22 @@ def write_package(
     save_file({"vectors": np.ascontiguousarray(vectors_ID, np.float32)}, folder / "items.safetensors")
     parquet.write_table(titles, folder / "items.parquet")
     write_atomically(folder / "model.json", json.dumps(shape, indent=1, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The known items of B histories, one after another."""
+
+    items: npt.NDArray[np.int64]
+    times: npt.NDArray[np.int64]
+    starts_B: npt.NDArray[np.int64]
+    lengths_B: npt.NDArray[np.int64]
+    asked_B: npt.NDArray[np.int64]
+
+    @property
+    def some(self) -> npt.NDArray[np.int64]:
+        """Histories of which something is known."""
+        return np.flatnonzero(self.lengths_B)
 
 
 @dataclass(frozen=True)
@@ -97,30 +114,115 @@ class Package:
             for history in histories
         ]
 
+    @property
+    def objective(self) -> str:
+        """What was learned: generative, early_fusion or late_fusion."""
+        return str(self.shape.get("objective", "generative"))
+
     def user_vectors(
         self,
         histories: Sequence[Sequence[str]],
         times: Sequence[Sequence[int]] | None = None,
         asked_at: Sequence[int] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """(B, D), unit length; histories are item ids, oldest first. Unknown items are skipped; a history
-        without any known item gives zeros: nothing is known of that user.
+        """The vectors that are published: (B, D), unit length; histories are item ids, oldest first. Unknown
+        items are skipped; a history without any known item gives zeros: nothing is known of that user.
 
         `times` (seconds UTC, as long as the histories) and `asked_at` (one moment each) matter to models that
         read them; without them their times count as unknown.
         """
+        return self._vectors(self._asked(histories, times, asked_at), published=True)
+
+    def interest_vectors(
+        self,
+        histories: Sequence[Sequence[str]],
+        times: Sequence[Sequence[int]] | None = None,
+        asked_at: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """The predicted next interests, which rank the catalogue: (B, D) as `user_vectors`, and the same
+        vectors but for late fusion, whose published ones are the outputs at [USER]."""
+        return self._vectors(self._asked(histories, times, asked_at), published=False)
+
+    def scores(
+        self,
+        histories: Sequence[Sequence[str]],
+        candidates: Sequence[Sequence[str]],
+        times: Sequence[Sequence[int]] | None = None,
+        asked_at: Sequence[int] | None = None,
+    ) -> list[npt.NDArray[np.float32]]:
+        """How probable it is that each user likes each of their candidates (item ids): 0 to 1, in their
+        order; nan for an unknown item, and for every item of a user of whom nothing is known.
+
+        Raises:
+            ConfigError: the model was trained generatively and has no probabilities.
+        """
+        if self.objective == "generative":
+            raise ConfigError(
+                "was trained generatively: it ranks items, and has no probability of an item",
+                where=f"model {self.folder}",
+                remedy='Train with model.objective = "early_fusion" or "late_fusion".',
+            )
+        from hllm.embedding.scores import scores_of_candidates
+
+        asked = self._asked(histories, times, asked_at)
+        shown = [
+            np.array([self._index.get(str(item), -1) for item in items], np.int64)
+            for _, items in zip(histories, candidates, strict=True)
+        ]
+        found = [np.full(len(items), np.nan, np.float32) for items in shown]
+        some = np.array([row for row in asked.some if (shown[row] >= 0).any()], np.int64)
+        if not len(some):
+            return found
+        known = [np.flatnonzero(shown[row] >= 0) for row in some]
+        counts = np.array([len(places) for places in known])
+        scores = scores_of_candidates(
+            self._user_model,
+            self.item_vectors,
+            asked.items,
+            asked.times,
+            asked.starts_B[some],
+            asked.lengths_B[some],
+            asked.asked_B[some],
+            np.concatenate([shown[row][places] for row, places in zip(some, known, strict=True)]),
+            counts,
+            256,
+        )
+        for row, places, values in zip(some, known, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
+            found[row][places] = values
+        return found
+
+    def _vectors(self, asked: Asked, published: bool) -> npt.NDArray[np.float32]:
         from hllm.embedding.users import vectors_of_histories
+
+        vectors = np.zeros((len(asked.lengths_B), self.width), np.float32)
+        some = asked.some
+        if len(some):
+            vectors[some] = vectors_of_histories(
+                self._user_model,
+                self.item_vectors,
+                asked.items,
+                asked.times,
+                asked.starts_B[some],
+                asked.lengths_B[some],
+                asked.asked_B[some],
+                256,
+                published=published,
+            )
+        return vectors
+
+    def _asked(
+        self,
+        histories: Sequence[Sequence[str]],
+        times: Sequence[Sequence[int]] | None,
+        asked_at: Sequence[int] | None,
+    ) -> Asked:
         from hllm.models.history import UNKNOWN_TIME
 
         most = int(self.shape["max_history"])
         known = [items[-most:] for items in self.known(histories)]
         lengths = np.array([len(items) for items in known], np.int64)
-        vectors = np.zeros((len(known), self.width), np.float32)
-        some = np.flatnonzero(lengths)
-        if not len(some):
-            return vectors
         moments = np.full(int(lengths.sum()), UNKNOWN_TIME)
-        if times is not None:
+        if times is not None and len(known):
             moments = np.concatenate(
                 [
                     np.array(
@@ -131,24 +233,15 @@ class Package:
                 ]
             )
         asked = np.full(len(known), UNKNOWN_TIME) if asked_at is None else np.asarray(asked_at, np.int64)
-        vectors[some] = vectors_of_histories(
-            self._user_model,
-            self.item_vectors,
-            np.concatenate(known),
-            moments,
-            (np.cumsum(lengths) - lengths)[some],
-            lengths[some],
-            asked[some],
-            256,
-        )
-        return vectors
+        items = np.concatenate(known) if known else np.empty(0, np.int64)
+        return Asked(items, moments, np.cumsum(lengths) - lengths, lengths, asked)
 
     def recommend(
         self, histories: Sequence[Sequence[str]], k: int, filter_history: bool = True
     ) -> list[list[tuple[str, float]]]:
         """The k best (item id, cosine) for each history, best first; nothing for a history without any known
         item."""
-        vectors, known = self.user_vectors(histories), self.known(histories)
+        vectors, known = self.interest_vectors(histories), self.known(histories)
         found: list[list[tuple[str, float]]] = []
         for vector, items in zip(vectors, known, strict=True):
             if not len(items):

@@ -11,13 +11,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hllm.models.probes import ProbedPacking
+
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+"""Decoders whose layers are Llama's (Qwen 2 with biases, Qwen 3 with norms of queries and keys)."""
 
 # T tokens of all sequences, S sequences, H heads, E width of a head
 
@@ -120,13 +126,16 @@ def attend_within_sequences(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packing: Packing | None = None,
+    packing: Packing | ProbedPacking | None = None,
     sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The attention implementation that `transformers` models call: (1, H, T, E) -> (1, T, H, E)."""
     if packing is None:
         raise ValueError("a packed decoder is called with packing=")
+    if not isinstance(packing, Packing):  # histories with probes
+        probed_HTE = packing.attend(query[0], key[0], value[0], scaling, dropout, sliding_window)
+        return probed_HTE.transpose(0, 1).unsqueeze(0), None
     out_HTE = attend(
         query[0],
         key[0],
@@ -156,7 +165,7 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
     """
     last_S = torch.from_numpy(packing.last_S).to(inputs_TD.device)
     window = getattr(decoder.config, "sliding_window", None) or packing.tokens
-    if decoder.config.model_type not in ("llama", "mistral") or packing.groups[-1][1] > window:
+    if decoder.config.model_type not in LIKE_LLAMA or packing.groups[-1][1] > window:
         return run_packed(decoder, inputs_TD, packing)[last_S]
     positions = torch.from_numpy(packing.positions_T).to(inputs_TD.device).unsqueeze(0)
     cosine, sine = decoder.rotary_emb(inputs_TD.unsqueeze(0), position_ids=positions)
@@ -173,6 +182,8 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
     attention, normed_TD = top.self_attn, top.input_layernorm(hidden_TD)
     query_SHE = attention.q_proj(normed_TD[last_S]).unflatten(-1, (-1, attention.head_dim))
     key_THE = attention.k_proj(normed_TD).unflatten(-1, (-1, attention.head_dim))
+    if decoder.config.model_type == "qwen3":
+        query_SHE, key_THE = attention.q_norm(query_SHE), attention.k_norm(key_THE)
     value_THE = attention.v_proj(normed_TD).unflatten(-1, (-1, attention.head_dim))
     query_SHE = _rotate(query_SHE, cosine[0, last_S], sine[0, last_S])
     key_THE = _rotate(key_THE, cosine[0], sine[0])
@@ -203,7 +214,7 @@ def _rotate(heads_THE: Tensor, cosine_TE: Tensor, sine_TE: Tensor) -> Tensor:
     return (heads_THE * cosine_TE.unsqueeze(1) + turned * sine_TE.unsqueeze(1)).to(heads_THE.dtype)
 
 
-def run_packed(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Tensor:
+def run_packed(decoder: Any, inputs_TD: Tensor, packing: Packing | ProbedPacking) -> Tensor:
     """The decoder's last hidden states of a packed batch: (T, D) -> (T, D)."""
     positions = torch.from_numpy(packing.positions_T).to(inputs_TD.device)
     return decoder(

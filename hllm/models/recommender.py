@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hllm.models.fusion import classification
 from hllm.models.history import History
 from hllm.models.hstu import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
+from hllm.models.probes import Probes
 from hllm.models.users import DecoderUser, SASRecUser
 
 UserModel = DecoderUser | SASRecUser | HSTUUser
@@ -37,6 +39,8 @@ class Batch:
     target_texts_T: npt.NDArray[np.int64]
     negative_texts_N: npt.NDArray[np.int64]
     """Numbers of the items' texts: equal where two items read the same."""
+    labels_T: npt.NDArray[np.int8] | None = None
+    """1, 0 or -1 (unknown) of every target's event; discriminative objectives need them."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it by name, to be looked at."""
@@ -49,6 +53,8 @@ class Batch:
             "negatives": self.negatives_N,
             "own": self.own_SN,
         }
+        if self.labels_T is not None:
+            arrays["labels"] = self.labels_T
         return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
@@ -61,9 +67,11 @@ class Recommender(nn.Module):
         items: TextItems | IdItems | CachedItems,
         user: UserModel,
         temperature: float,
+        generative_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.items, self.user = items, user
+        self.generative_weight = generative_weight
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
     def item_vectors(self, items_K: npt.NDArray[np.integer]) -> Tensor:
@@ -80,21 +88,31 @@ class Recommender(nn.Module):
         return self.log_scale.clamp(0.0, math.log(100.0)).exp()
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean InfoNCE over the batch's targets. Every distinct item is encoded once."""
+        """Generative: L_gen, the mean InfoNCE over the batch's targets. Discriminative:
+        L_dis = lambda L_gen + L_cls, with lambda `generative_weight`. Every distinct item is encoded once."""
         distinct_K, where = np.unique(
             np.concatenate([batch.history.items_T, batch.targets_T, batch.negatives_N]), return_inverse=True
         )
         vectors_KD = self.item_vectors(distinct_K)
         history, target, negative = np.split(where, [len(batch.targets_T), 2 * len(batch.targets_T)])
         device = vectors_KD.device
-        outputs_TD = self.user_vectors(vectors_KD[torch.from_numpy(history).to(device)], batch.history)
-        return info_nce(
-            outputs_TD,
-            vectors_KD[torch.from_numpy(target).to(device)],
-            vectors_KD[torch.from_numpy(negative).to(device)],
-            no_negatives(batch, device),
-            self.scale,
+        history_TD, targets_TD, negatives_ND = (
+            vectors_KD[torch.from_numpy(rows).to(device)] for rows in (history, target, negative)
         )
+        if isinstance(self.user, DecoderUser) and self.user.fusion is not None:
+            probes = Probes.of_targets(batch.history, batch.targets_T)
+            outputs_TD, logits_T = self.user.judge(history_TD, batch.history, targets_TD, probes)
+            judged = classification(logits_T, torch.from_numpy(labels_of(batch)).to(device))
+        else:
+            outputs_TD, judged = self.user_vectors(history_TD, batch.history), None
+        generated = info_nce(outputs_TD, targets_TD, negatives_ND, no_negatives(batch, device), self.scale)
+        return generated if judged is None else self.generative_weight * generated + judged
+
+
+def labels_of(batch: Batch) -> npt.NDArray[np.int8]:
+    if batch.labels_T is None:
+        raise ValueError("a discriminative objective is trained on labelled events")
+    return batch.labels_T
 
 
 def no_negatives(batch: Batch, device: torch.device) -> Tensor:

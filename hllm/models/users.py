@@ -4,27 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.models.backbone import word_vectors
 from hllm.models.features import EventFeatures
-from hllm.models.history import History
+from hllm.models.fusion import EarlyFusion, LateFusion
+from hllm.models.history import UNKNOWN_ITEM, History
 from hllm.models.packing import Packing, attend, run_packed
+from hllm.models.probes import ProbedPacking, Probes
 
-# T events of all histories one after another, D vector width, H heads
+# T events of all histories one after another, S histories, P candidates, D vector width, I width inside the
+# User LLM, H heads
 
 
 class DecoderUser(nn.Module):
-    """The User LLM (HLLM, section 3.2): a decoder whose word embeddings are replaced by item vectors.
+    """The User LLM (HLLM): a decoder whose word embeddings are replaced by item vectors.
 
     Item vectors have unit length; a learned scale, starting at the backbone's own mean word-embedding length,
     gives them the size that the pretrained layers expect. Between towers of different widths a projection
     leads in and another out: the user's vector is as wide as an item's.
+
+    With `objective` early_fusion or late_fusion it also judges candidates (`hllm.models.fusion`).
     """
 
-    def __init__(self, decoder: Any, item_width: int = 0, features: EventFeatures | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        item_width: int = 0,
+        features: EventFeatures | None = None,
+        objective: str = "generative",
+    ) -> None:
         super().__init__()
         words = word_vectors(decoder)
         self.input_scale = nn.Parameter(words.norm(dim=1).mean())
@@ -37,19 +50,100 @@ class DecoderUser(nn.Module):
             nn.init.orthogonal_(self.out.weight)
         self.inside = inside
         self.features = features
+        self.objective = objective
+        self.fusion: EarlyFusion | LateFusion | None = None
+        if objective == EarlyFusion.name:
+            self.fusion = EarlyFusion(inside)
+        elif objective == LateFusion.name:
+            self.fusion = LateFusion(inside, self.width, float(self.input_scale.detach()))
         decoder.set_input_embeddings(nn.Identity())
         self.decoder = decoder
 
     def forward(self, vectors_TD: Tensor, history: History) -> Tensor:
         """(T, D) unit item vectors -> (T, D) unit next-interest vectors, causal within each history."""
-        inputs_TD = self.into(vectors_TD) if self.inside != self.width else vectors_TD
-        inputs_TD = inputs_TD * self.input_scale
+        inputs_TI = self._told(self._at_input(vectors_TD), history.items_T, history.times_T)
+        return self._as_items(run_packed(self.decoder, inputs_TI, history.packing))
+
+    def judge(
+        self, vectors_TD: Tensor, history: History, candidates_PD: Tensor, probes: Probes
+    ) -> tuple[Tensor, Tensor]:
+        """Histories and candidates in one pass: the (T, D) next-interest vectors, as `forward` gives them,
+        and a (P,) logit for each candidate at its place in a history."""
+        if isinstance(self.fusion, EarlyFusion):
+            outputs_TD, hidden_PI = self._with_probes(
+                vectors_TD, history, self._at_input(candidates_PD), probes
+            )
+            return outputs_TD, self.fusion(hidden_PI)
+        outputs_TD, users_PD = self._with_user_tokens(vectors_TD, history, probes)
+        return outputs_TD, self.late_fusion(users_PD, candidates_PD)
+
+    def scores(
+        self,
+        vectors_TD: Tensor,
+        history: History,
+        candidates_PD: Tensor,
+        items_P: npt.NDArray[np.int64],
+        sequence_P: npt.NDArray[np.int64],
+    ) -> Tensor:
+        """(P,) logits of candidates of whole histories (`sequence_P`: whose, not decreasing). However many
+        there are, every event of a history is computed once."""
+        if isinstance(self.fusion, EarlyFusion):
+            probes = Probes.at_the_end(history, sequence_P, items_P)
+            return self.judge(vectors_TD, history, candidates_PD, probes)[1]
+        users_SD = self.user_token_vectors(vectors_TD, history)
+        return self.late_fusion(users_SD[torch.from_numpy(sequence_P).to(users_SD.device)], candidates_PD)
+
+    def user_token_vectors(self, vectors_TD: Tensor, history: History) -> Tensor:
+        """Late fusion's user vectors, the outputs at [USER] after whole histories: (S, D), unit length."""
+        every_S = np.arange(len(history.packing.lengths_S))
+        nothing_S = np.full(len(every_S), UNKNOWN_ITEM)
+        probes = Probes.at_the_end(history, every_S, nothing_S)
+        return self._with_user_tokens(vectors_TD, history, probes)[1]
+
+    @property
+    def late_fusion(self) -> LateFusion:
+        """Raises: ValueError, where the model was not trained to judge by user vectors."""
+        if not isinstance(self.fusion, LateFusion):
+            raise ValueError(f"a model of model.objective = {self.objective!r} has no [USER] vector")
+        return self.fusion
+
+    def _with_user_tokens(
+        self, vectors_TD: Tensor, history: History, probes: Probes
+    ) -> tuple[Tensor, Tensor]:
+        tokens_PI = self.late_fusion.user_token.expand(len(probes.sequence_P), -1)
+        outputs_TD, hidden_PI = self._with_probes(vectors_TD, history, tokens_PI, probes.without_items())
+        return outputs_TD, self._as_items(hidden_PI)
+
+    def _with_probes(
+        self, vectors_TD: Tensor, history: History, inputs_PI: Tensor, probes: Probes
+    ) -> tuple[Tensor, Tensor]:
+        """(T, D) next-interest vectors, and the (P, I) hidden states at the probes."""
+        inputs_XI = torch.cat(
+            [
+                self._told(self._at_input(vectors_TD), history.items_T, history.times_T),
+                self._told(inputs_PI, probes.items_P, probes.times_P),
+            ]
+        )
+        packing = ProbedPacking(history.packing, probes, inputs_XI.device)
+        hidden_XI = run_packed(self.decoder, inputs_XI, packing)
+        hidden_TI, hidden_PI = hidden_XI.split([history.packing.tokens, len(probes.sequence_P)])
+        return self._as_items(hidden_TI), hidden_PI
+
+    def _at_input(self, vectors_TD: Tensor) -> Tensor:
+        inputs_TI = self.into(vectors_TD) if self.inside != self.width else vectors_TD
+        return inputs_TI * self.input_scale
+
+    def _told(
+        self, inputs_TI: Tensor, items_T: npt.NDArray[np.int64], times_T: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Inputs with what else the User LLM is told of each event (HLLM, algorithm 1 and table 12)."""
         if self.features is not None:
-            for feature_TD in self.features(history):
-                inputs_TD = inputs_TD + feature_TD
-        hidden_TD = run_packed(self.decoder, inputs_TD, history.packing)
-        if self.inside != self.width:
-            hidden_TD = self.out(hidden_TD)
+            for feature_TI in self.features(items_T, times_T):
+                inputs_TI = inputs_TI + feature_TI
+        return inputs_TI
+
+    def _as_items(self, hidden_TI: Tensor) -> Tensor:
+        hidden_TD = self.out(hidden_TI) if self.inside != self.width else hidden_TI
         return F.normalize(hidden_TD.float(), dim=-1)
 
 

@@ -28,6 +28,7 @@ def describe(
         f"**Gate {'passed' if verdict.passed else 'FAILED'}.** {verdict.headline}",
         "\n".join(f"- {reason}" for reason in verdict.reasons),
         _table(metrics, models, metric),
+        _likes(metrics),
         _data(manifests, metrics),
         _look_at(metrics, models, metric),
         f"[The report]({report}) has curves, segments, ten users with their recommendations, and the cost.",
@@ -59,6 +60,20 @@ def _table(
         figures = entry["overall"][mode]
         lines.append(f"| {name} | " + " | ".join(_figure(figures.get(column)) for column in shown) + " |")
     return "\n".join(lines) + f"\n\nIn brackets: {level:g} % bootstrap intervals."
+
+
+def _likes(metrics: Mapping[str, Any]) -> str:
+    """Of a discriminative model: how well it tells likes from dislikes."""
+    found = metrics.get("labelled")
+    if not found:
+        return ""
+    figures = found["models"][metrics["candidate"]]
+    shown = ", ".join(f"{name.upper()} {_figure(figure)}" for name, figure in figures.items())
+    users = f"{found['users']:,} users ({found['users_with_one_class']:,} with one class only)"
+    return (
+        f"**Likes.** {shown or 'no AUC'} on {found['rows']:,} labelled held-out events of {users}. "
+        "The deployed model also takes `candidates` and answers with probabilities."
+    )
 
 
 def _data(manifests: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def log_package(client: MlflowClient, settings: Settings, run_id: str, package: 
             python_model=str(HERE / "registry" / "pyfunc_model.py"),
             artifacts={"package": str(package)},
             code_paths=[str(copy_sources(Path(scratch)))],
-            signature=signature(),
+            signature=signature(package),
             input_example=input_example(package),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
@@ -82,12 +82,18 @@ def _imports(path: Path) -> list[str]:
     return found
 
 
-def signature() -> Any:
+def signature(package: Path) -> Any:
+    """Histories in; where the model was trained to judge them, candidates beside them."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    from hllm.models.package import Package
+
+    inputs: list[Any] = [ColSpec(Array(DataType.string), "history")]
+    if Package.open(package).objective != "generative":
+        inputs.append(ColSpec(Array(DataType.string), "candidates", required=False))
     return ModelSignature(
-        inputs=Schema([ColSpec(Array(DataType.string), "history")]),
+        inputs=Schema(inputs),
         outputs=Schema(
             [ColSpec(Array(DataType.string), "item_ids"), ColSpec(Array(DataType.double), "scores")]
         ),

@@ -5,6 +5,11 @@ both: the model loads where the requirements are installed, `hllm` itself or not
 
     model = mlflow.pyfunc.load_model("models:/hllm@champion")
     model.predict(pandas.DataFrame({"history": [["50", "181"]]}), params={"k": 10, "filter_history": True})
+
+A version that was trained discriminatively (early or late fusion) also takes candidates, and its signature
+says so; it answers with them in their order, each with the probability that the user likes it:
+
+    model.predict(pandas.DataFrame({"history": [["50", "181"]], "candidates": [["172", "1"]]}))
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ from mlflow.pyfunc.model import PythonModel
 
 
 class Recommender(PythonModel):
-    """One row per user: column `history`, item ids from oldest to newest; unknown ids are skipped."""
+    """One row per user: column `history`, item ids from oldest to newest; unknown ids are skipped. With a
+    column `candidates`, item ids to be judged; a candidate that the model does not know has the score nan."""
 
     def load_context(self, context: Any) -> None:
         from pathlib import Path
@@ -30,12 +36,20 @@ class Recommender(PythonModel):
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         asked = {"k": 10, "filter_history": True} | (params or {})
-        histories = [[str(item_id) for item_id in history] for history in model_input["history"]]
-        k, filter_history = int(asked["k"]), bool(asked["filter_history"])
-        found = self.package.recommend(histories, k, filter_history=filter_history)
-        item_ids = [[item_id for item_id, _ in row] for row in found]
-        scores = [[float(score) for _, score in row] for row in found]
+        histories = _ids(model_input["history"])
+        if "candidates" in model_input:
+            item_ids = _ids(model_input["candidates"])
+            scores = [row.astype(float).tolist() for row in self.package.scores(histories, item_ids)]
+        else:
+            k, filter_history = int(asked["k"]), bool(asked["filter_history"])
+            found = self.package.recommend(histories, k, filter_history=filter_history)
+            item_ids = [[item_id for item_id, _ in row] for row in found]
+            scores = [[float(score) for _, score in row] for row in found]
         return pd.DataFrame({"item_ids": item_ids, "scores": scores}, index=model_input.index)
+
+
+def _ids(column: Any) -> list[list[str]]:
+    return [[str(item_id) for item_id in ids] for ids in column]
 
 
 set_model(Recommender())

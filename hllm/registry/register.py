@@ -183,6 +183,7 @@ def _tags(
         "gate": "passed" if verdict.passed else "failed",
         "gate_reasons": "; ".join(verdict.reasons)[:4000],
         "family": settings.model.family,
+        "objective": str(export.facts.get("objective", "generative")),
         "width": str(export.facts["width"]),
         "as_of": str(export.facts.get("as_of", "")),
         "pipeline": finished.pipeline,

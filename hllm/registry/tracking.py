@@ -134,10 +134,13 @@ def log_dataset(client: MlflowClient, run_id: str, manifest: Manifest, settings:
 def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """`hllm-2/ndcg_at_10` and so on: the headline numbers of every model in an evaluation's metrics.json."""
     mode = metrics["headline"]
+    figures = {label: entry["overall"][mode] for label, entry in metrics["models"].items()}
+    for label, found in metrics.get("labelled", {}).get("models", {}).items():
+        figures[label] = figures.get(label, {}) | found
     return {
         f"{label}/{name}": float(number["value"])
-        for label, entry in metrics["models"].items()
-        for name, number in entry["overall"][mode].items()
+        for label, found in figures.items()
+        for name, number in found.items()
     }
 
 

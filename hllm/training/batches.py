@@ -31,6 +31,7 @@ class Batches:
         self.negatives = min(negatives, prepared.items)
         self.event_items = np.asarray(prepared.event_items, dtype=np.int64)
         self.event_times = np.asarray(prepared.event_times)
+        self.event_labels = np.asarray(prepared.event_labels)
         self.starts, self.ends = cut_windows(
             np.asarray(prepared.train_starts), np.asarray(prepared.train_ends), history_length
         )
@@ -50,6 +51,12 @@ class Batches:
         )
         self.own_keys = np.unique(owner * prepared.items + self.event_items[trained])
         self.text_I = numbered_texts(prepared)
+
+    def labels(self) -> tuple[int, int]:
+        """How many training targets of an epoch have label 0, and how many label 1."""
+        lengths = self.ends - self.starts - 1
+        targets = self.event_labels[ragged(self.starts + 1, lengths)]
+        return int((targets == 0).sum()), int((targets == 1).sum())
 
     @property
     def windows(self) -> int:
@@ -80,6 +87,7 @@ class Batches:
             own_SN=self._own(self.users[chosen], negatives_N),
             target_texts_T=self.text_I[targets_T],
             negative_texts_N=self.text_I[negatives_N],
+            labels_T=self.event_labels[positions + 1],
         )
 
     def _draw(self, step: int) -> npt.NDArray[np.int64]:

@@ -100,9 +100,11 @@ def fit(
     stopping: threading.Event,
     log: Callable[[dict[str, float], int], None],
     validate: Callable[[Recommender], float] | None = None,
+    validated: str = "ndcg@10",
     what: str = "train",
 ) -> Trained:
     """Train until the last step, from the newest checkpoint; the model ends with its best (or last) weights.
+    `validated` names the metric that `validate` measures.
 
     Raises:
         DataError: the loss is not finite (weights and batch are saved beside the checkpoints for inspection).
@@ -131,7 +133,7 @@ def fit(
         print(f"{what}: continues from step {state['step']} of {steps}", flush=True)
     elif validate and stage.evaluate_every:
         state["best"], best = _score(model, validate), _copy_of(model)
-        log({"valid_ndcg@10": state["best"]}, 0)
+        log({f"valid_{validated}": state["best"]}, 0)
     started = time.monotonic() - state["seconds"]
     saved_at = time.monotonic()
     model.train()
@@ -175,7 +177,7 @@ def fit(
                 )
             if validate and stage.evaluate_every and (done % stage.evaluate_every == 0 or done == steps):
                 score = _score(model, validate)
-                log({"valid_ndcg@10": score}, done)
+                log({f"valid_{validated}": score}, done)
                 if score > state["best"]:
                     state["best"], state["best_step"] = score, done
                     best = _copy_of(model)
@@ -196,5 +198,5 @@ def fit(
         last_loss=state["loss"],
         best_step=state["best_step"] if best else steps,
         seconds=state["seconds"],
-        facts={"best_valid_ndcg@10": state["best"]} if best else {},
+        facts={f"best_valid_{validated}": state["best"]} if best else {},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -10,16 +11,21 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import ItemVectors, batches_by_tokens
+from hllm.embedding.scores import held_out_scores, judges
 from hllm.embedding.users import held_out_user_vectors
 from hllm.errors import DataError
 from hllm.models.items import CachedItems
 from hllm.models.load import new_model, next_stage, save_model
 from hllm.models.recommender import Recommender
+from hllm.models.users import DecoderUser
 from hllm.settings import Stage
 from hllm.steps import Context, embed_name, train_name
 from hllm.training.batches import Batches, training_users
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
+
+if TYPE_CHECKING:
+    from hllm.evaluation.ranking import HeldOut
 
 MOST_VALIDATION_EVENTS = 5_000
 """Enough to choose between checkpoints; more would only cost time."""
@@ -46,6 +52,9 @@ def train(context: Context) -> None:
         settings.run.seed + stage_number,
         training_users(prepared.users, settings.train.share, settings.run.seed),
     )
+    judging = judges(model.user)
+    if judging:
+        require_labels(batches)
     with context.graceful() as stopping:
         trained = fit(
             model,
@@ -60,9 +69,10 @@ def train(context: Context) -> None:
             ),
             stopping=stopping,
             log=context.log,
-            validate=lambda current: validation_ndcg(
+            validate=lambda current: (validation_auc if judging else validation_ndcg)(
                 current, prepared, settings.embed.max_history, settings.embed.tokens_per_batch
             ),
+            validated="auc" if judging else "ndcg@10",
             what=context.step.name,
         )
     context.tidy_curves()
@@ -89,6 +99,54 @@ def validation_ndcg(model: Recommender, prepared: Prepared, max_history: int, to
     return float(ndcg)
 
 
+def require_labels(batches: Batches) -> None:
+    """Raises: DataError, where there is nothing to learn to tell apart."""
+    negative, positive = batches.labels()
+    if not negative or not positive:
+        raise DataError(
+            f"a discriminative objective needs training events of both labels: {negative:,} have label 0, "
+            f"{positive:,} have label 1",
+            where="train",
+            remedy='Name the label column (data.columns.label), or set model.objective = "generative".',
+        )
+
+
+def validation_auc(model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int) -> float:
+    """AUC of the validation events that have a label."""
+    from hllm.evaluation.auc import aucs
+    from hllm.evaluation.ranking import HeldOut
+
+    held_out = HeldOut.of(prepared, "valid")
+    labels = np.asarray(prepared.event_labels)[held_out.positions_R]
+    held_out = _at_most(held_out.take(np.flatnonzero(labels >= 0)))
+    labels = np.asarray(prepared.event_labels)[held_out.positions_R]
+    vectors_ID = catalogue_vectors(model, prepared, tokens_per_batch)
+    scores = held_out_scores(
+        cast(DecoderUser, model.user),
+        vectors_ID,
+        prepared,
+        held_out.users_R,
+        held_out.positions_R,
+        held_out.asked_R,
+        max_history,
+        256,
+    )
+    auc = float(aucs(labels, scores, held_out.users_R, samples=1, seed=0).values_3[0])
+    if not np.isfinite(auc):
+        raise DataError(
+            f"of {len(labels):,} labelled validation events {int(labels.sum()):,} have label 1: no AUC",
+            where="train",
+            remedy="Set evaluate_every = 0, or choose another split.",
+        )
+    return auc
+
+
+def _at_most(held_out: HeldOut) -> HeldOut:
+    if len(held_out) <= MOST_VALIDATION_EVENTS:
+        return held_out
+    return held_out.take(np.linspace(0, len(held_out) - 1, MOST_VALIDATION_EVENTS).astype(np.int64))
+
+
 def validation_ranks(
     model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -103,8 +161,7 @@ def validation_ranks(
             where="train",
             remedy="Set evaluate_every = 0, or choose another split.",
         )
-    if len(held_out) > MOST_VALIDATION_EVENTS:
-        held_out = held_out.take(np.linspace(0, len(held_out) - 1, MOST_VALIDATION_EVENTS).astype(np.int64))
+    held_out = _at_most(held_out)
     vectors_ID = catalogue_vectors(model, prepared, tokens_per_batch)
     users_RD = held_out_user_vectors(
         model.user,

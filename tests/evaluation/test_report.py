@@ -320,3 +320,38 @@ def test_the_map_does_not_depend_on_the_order_of_the_items():
 )
 def test_the_first_of_several_categories(value, words, first):
     assert first_category(value, words) == first
+
+
+def test_a_model_that_judges_is_shown_beside_what_needs_no_model(tmp_path, pieces):
+    def figure(value):
+        return {"value": value, "low": value - 0.02, "high": value + 0.02}
+
+    models = {"hllm-2": 0.71, "hllm-1": 0.6912, "item-rate": 0.68, "popular": 0.55}
+    labelled = {
+        "rows": 1234,
+        "liked": 700,
+        "users": 90,
+        "users_with_one_class": 17,
+        "models": {
+            label: {name: figure(value) for name in ("auc", "uauc")} for label, value in models.items()
+        },
+        "differences": {
+            label: {name: figure(0.71 - value) for name in ("auc", "uauc")}
+            for label, value in models.items()
+            if label != "hllm-2"
+        },
+    }
+    metrics = {**pieces["metrics"], "labelled": labelled}
+    text = " ".join(Page(page(tmp_path, pieces, metrics=metrics)[0]).text.split())
+    for words in (
+        "1,234 held-out events with a label, 700 of them liked",
+        "17 users whose events are all liked, or none",
+        "Share of likes of the item",
+        "ModelAUCUAUC HLLM stage 2the candidate0.7100",
+        "candidate +0.0188 (−0.0012 to +0.0388)",
+    ):
+        assert words in text, words
+    none = {**labelled, "rows": 0, "models": {label: {} for label in models}, "differences": {}}
+    text, _ = page(tmp_path, pieces, metrics={**metrics, "labelled": none})
+    assert "there is no AUC" in text
+    assert "Telling likes" not in page(tmp_path, pieces)[0]

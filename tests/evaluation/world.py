@@ -71,7 +71,7 @@ class SmallPackage:
         self.item_ids, self.item_vectors = item_ids, item_vectors
         self.row_of = {item_id: row for row, item_id in enumerate(item_ids)}
 
-    def user_vectors(self, histories: list[list[str]], times: object, asked_at: object) -> np.ndarray:
+    def interest_vectors(self, histories: list[list[str]], times: object, asked_at: object) -> np.ndarray:
         means = [
             self.item_vectors[[self.row_of[item_id] for item_id in history]].mean(axis=0)
             for history in histories

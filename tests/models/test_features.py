@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hllm.models.features import PARTS, SIZES, EventFeatures, TimeEmbedding, calendar
-from hllm.models.history import UNKNOWN_ITEM, UNKNOWN_TIME, History
-from hllm.models.packing import Packing
+from hllm.models.history import UNKNOWN_ITEM, UNKNOWN_TIME
 
 EARLIEST, LATEST = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) for year in (1, 2100))
 
@@ -53,13 +52,8 @@ def test_what_is_unknown_adds_nothing_and_what_is_known_learns():
     features = EventFeatures(8, "day", 4, items=5)
     torch.nn.init.normal_(features.ids)
     torch.nn.init.normal_(features.time.outer.weight)
-    history = History(
-        Packing(np.array([4])),
-        np.array([2, UNKNOWN_ITEM, 7, 4]),
-        np.array([1_600_000_000, UNKNOWN_TIME, 1_600_086_400, UNKNOWN_TIME]),
-        np.full(4, UNKNOWN_TIME),
-    )
-    time_TD, ids_TD = features(history)
+    items, times = [2, UNKNOWN_ITEM, 7, 4], [1_600_000_000, UNKNOWN_TIME, 1_600_086_400, UNKNOWN_TIME]
+    time_TD, ids_TD = features(np.array(items), np.array(times))
     assert (time_TD.abs().sum(1) > 0).tolist() == [True, False, True, False]
     assert (ids_TD.abs().sum(1) > 0).tolist() == [True, False, False, True]
     (time_TD.sum() + ids_TD.sum()).backward()

@@ -184,3 +184,24 @@ def test_an_encoder_reads_items_but_no_histories(
         torch.testing.assert_close(load_item_model(tmp_path, prepared)(ITEMS), model.items(ITEMS))
     with pytest.raises(ConfigError, match="is an encoder: it would see the events"):
         new_model(tiny_settings(**{"model.user_llm": encoder}), "hllm", prepared)
+
+
+@pytest.mark.parametrize("objective", ["early_fusion", "late_fusion"])
+def test_a_model_that_judges_is_saved_with_what_it_judges_by(
+    tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, objective: str
+):
+    settings = tiny_settings(**{"model.objective": objective, "model.user_features.time": "day"})
+    first = moved(new_model(settings, "hllm", prepared))
+    save_model(first, "hllm", tmp_path)
+    with torch.no_grad():
+        vectors = first.items(ITEMS)
+        second = next_stage(settings, tmp_path, vectors.numpy())
+        loaded = load_user_model(tmp_path)
+        packing = Packing(np.array([1, 4, 7]))
+        history = History(packing, np.arange(12), 10**9 + np.arange(12), 10**9 + np.arange(1, 13))
+        asked = (vectors, history, vectors[:3], np.arange(3), np.arange(3))
+        expected = first.user.scores(*asked)
+        torch.testing.assert_close(loaded.scores(*asked), expected)
+        torch.testing.assert_close(second.user.eval().scores(*asked), expected)
+    assert expected.std() > 0
+    assert second.generative_weight == 1.0

@@ -126,6 +126,31 @@ def figure_table(metrics: Mapping[str, Any], models: Sequence[Model], mode: str)
     return {"columns": [metric_name(name) for name in names], "rows": rows}
 
 
+def labelled_table(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """AUC, UAUC and WUAUC of every model, and what the candidate has more than each; None for a candidate
+    that was not trained to judge."""
+    found = metrics.get("labelled")
+    if not found:
+        return None
+    candidate, models = metrics["candidate"], found["models"]
+    order = [candidate, *(label for label in models if label != candidate)]
+    names = list(models[candidate])
+    rows = []
+    for label in order:
+        gaps = found["differences"].get(label, {})
+        cells = [
+            {
+                **models[label][name],
+                "gap": gaps.get(name),
+                "says": _says({"difference": gaps[name]} if name in gaps else None),
+            }
+            for name in names
+            if name in models[label]
+        ]
+        rows.append({"name": model_name(label), "candidate": label == candidate, "cells": cells})
+    return {**found, "columns": [metric_name(name) for name in names], "rows_of_models": rows}
+
+
 def forest_charts(settings: Settings, models: Sequence[Model], metrics: Mapping[str, Any]) -> list[Markup]:
     """The gate's metric and its sibling (Recall for NDCG), every model with its interval."""
     kind, _, cutoff = settings.gate.metric.partition("@")

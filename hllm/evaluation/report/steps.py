@@ -28,7 +28,7 @@ def training_curves(folders: Mapping[str, Path]) -> list[Markup]:
         name = model_name(step.removeprefix("train-"))
         for curve, points in read_curves(path).items():
             if curve == "loss":
-                losses.append(_chart(f"{name}: training loss", "InfoNCE loss (nats)", points, noisy=True))
+                losses.append(_chart(f"{name}: training loss", "loss (nats)", points, noisy=True))
             elif curve.startswith("valid"):
                 metric = metric_name(curve.removeprefix("valid_"))
                 looks.append(_chart(f"{name}: {metric} on validation events", metric, points, noisy=False))

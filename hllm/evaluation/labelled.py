@@ -1,0 +1,97 @@
+"""Held-out events with a label: how well models tell what a user liked from what the user did not.
+
+Every model scores each event's item from what its user had done before: a discriminative one (HLLM, early or
+late fusion) by its probability, any other by the score that it ranks items with. Beside them stands what
+needs no model of the user at all, the share of liked events among the item's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hllm.data.prepared import Prepared
+from hllm.evaluation.auc import compare_scores, evaluate_scores
+from hllm.evaluation.ranking import Floats, HeldOut, exact_scores, training_counts
+from hllm.settings import Settings
+
+ITEM_RATE = "item-rate"
+PRIOR_EVENTS = 5
+"""An item's share of liked events starts as if this many had the catalogue's share."""
+
+# R held-out events with a label, I items
+
+
+def labelled_rows(prepared: Prepared, held_out: HeldOut) -> npt.NDArray[np.int64]:
+    """Rows of the held-out events that have a label."""
+    return np.flatnonzero(np.asarray(prepared.event_labels)[held_out.positions_R] >= 0)
+
+
+def simple_scores(prepared: Prepared, held_out: HeldOut) -> dict[str, npt.NDArray[np.float64]]:
+    """What the items alone say: how popular they are, and how often they were liked."""
+    return {
+        "popular": training_counts(prepared)[held_out.targets_R].astype(np.float64),
+        ITEM_RATE: item_rates(prepared)[held_out.targets_R],
+    }
+
+
+def item_rates(prepared: Prepared) -> npt.NDArray[np.float64]:
+    """(I,) the share of training events with label 1 among those with a label, drawn towards the whole
+    catalogue's share by PRIOR_EVENTS."""
+    events = np.arange(len(prepared.event_items))
+    owners = np.searchsorted(np.asarray(prepared.user_offsets), events, side="right") - 1
+    labels = np.asarray(prepared.event_labels)
+    trained = (events < np.asarray(prepared.train_ends)[owners]) & (labels >= 0)
+    items, labels = np.asarray(prepared.event_items)[trained], labels[trained]
+    shown_I = np.bincount(items, minlength=prepared.items)
+    liked_I = np.bincount(items, weights=labels, minlength=prepared.items)
+    share = labels.mean() if len(labels) else 0.5
+    return (liked_I + PRIOR_EVENTS * share) / (shown_I + PRIOR_EVENTS)
+
+
+def cosines(users_RD: Floats, items_ID: Floats, held_out: HeldOut) -> npt.NDArray[np.float64]:
+    """The score that ranks the catalogue, of each event's own item: (R,)."""
+    return exact_scores(users_RD, items_ID, np.arange(len(held_out)), held_out.targets_R)
+
+
+def measure_labelled(
+    settings: Settings,
+    prepared: Prepared,
+    held_out: HeldOut,
+    scores: Mapping[str, npt.NDArray[np.floating]],
+    candidate: str,
+) -> dict[str, Any]:
+    """AUC, UAUC (mean over users) and WUAUC (weighted by impressions) of every model with intervals, and how
+    much the candidate has more than each other model; users with one class only, who have no AUC, are
+    counted."""
+    sampling: dict[str, Any] = {
+        "samples": settings.evaluation.bootstrap,
+        "confidence": settings.evaluation.confidence,
+        "seed": settings.run.seed,
+    }
+    users_R = held_out.users_R
+    labels_R = np.asarray(prepared.event_labels)[held_out.positions_R].astype(np.int64)
+    return {
+        "rows": len(labels_R),
+        "liked": int(labels_R.sum()),
+        "users": len(np.unique(users_R)),
+        "users_with_one_class": one_class_users(labels_R, users_R),
+        "models": {
+            label: evaluate_scores(labels_R, model, users_R, **sampling) for label, model in scores.items()
+        },
+        "differences": {
+            label: compare_scores(labels_R, scores[candidate], model, users_R, **sampling)
+            for label, model in scores.items()
+            if label != candidate
+        },
+    }
+
+
+def one_class_users(labels_R: npt.NDArray[np.int64], users_R: npt.NDArray[np.int64]) -> int:
+    """Users whose events are all liked, or none: no AUC can be computed for them."""
+    _, user_R = np.unique(users_R, return_inverse=True)
+    liked_U, shown_U = np.bincount(user_R, weights=labels_R), np.bincount(user_R)
+    return int(((liked_U == 0) | (liked_U == shown_U)).sum())

@@ -1,0 +1,98 @@
+"""What is said of labelled held-out events, against the same figures worked out another way."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from hllm.data.prepared import Prepared
+from hllm.evaluation.labelled import (
+    PRIOR_EVENTS,
+    cosines,
+    item_rates,
+    labelled_rows,
+    measure_labelled,
+    one_class_users,
+    simple_scores,
+)
+from hllm.evaluation.ranking import HeldOut, training_counts
+from hllm.settings import Settings
+from tests.evaluation.world import prepare, random_histories, unit
+
+SETTINGS = Settings.model_validate({"evaluation": {"bootstrap": 50}})
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    """Four test events for each user, a few without a label."""
+    rng = np.random.default_rng(1)
+    found = prepare(tmp_path, random_histories(rng, 60, 25), items=25, test=4, valid=1)
+    labels = rng.choice([-1, 0, 1], len(found.event_items), p=[0.1, 0.4, 0.5]).astype(np.int8)
+    return dataclasses.replace(found, event_labels=labels)
+
+
+@pytest.fixture
+def judged(prepared: Prepared) -> HeldOut:
+    held_out = HeldOut.of(prepared, "test")
+    return held_out.take(labelled_rows(prepared, held_out))
+
+
+def test_only_events_with_a_label_are_judged_and_everybody_is_counted(prepared: Prepared, judged: HeldOut):
+    labels, users = prepared.event_labels[judged.positions_R], judged.users_R
+    assert set(labels.tolist()) == {0, 1}
+    assert len(judged) < len(HeldOut.of(prepared, "test"))
+    scores = {"hllm-2": np.random.default_rng(0).random(len(judged)), **simple_scores(prepared, judged)}
+    found = measure_labelled(SETTINGS, prepared, judged, scores, "hllm-2")
+    assert (found["rows"], found["liked"]) == (len(labels), labels.sum())
+    both = [user for user in np.unique(users) if len(set(labels[users == user])) == 2]
+    assert found["users_with_one_class"] == found["users"] - len(both) > 0
+    for label, values in scores.items():
+        own = [roc_auc_score(labels[users == user], values[users == user]) for user in both]
+        counts = [(users == user).sum() for user in both]
+        figures = found["models"][label]
+        assert figures["auc"]["value"] == pytest.approx(roc_auc_score(labels, values))
+        assert figures["uauc"]["value"] == pytest.approx(np.mean(own))
+        assert figures["wuauc"]["value"] == pytest.approx(np.average(own, weights=counts))
+    gap = found["differences"]["popular"]["uauc"]["value"]
+    assert gap == pytest.approx(
+        found["models"]["hllm-2"]["uauc"]["value"] - found["models"]["popular"]["uauc"]["value"]
+    )
+
+
+def test_an_items_share_of_likes_is_of_training_events_alone(prepared: Prepared):
+    shown, liked = np.zeros(25), np.zeros(25)
+    for user in range(prepared.users):
+        for event in range(prepared.user_offsets[user], prepared.train_ends[user]):
+            label = prepared.event_labels[event]
+            if label >= 0:
+                shown[prepared.event_items[event]] += 1
+                liked[prepared.event_items[event]] += label
+    share = liked.sum() / shown.sum()
+    np.testing.assert_allclose(item_rates(prepared), (liked + PRIOR_EVENTS * share) / (shown + PRIOR_EVENTS))
+
+
+def test_other_models_are_judged_by_the_score_that_they_rank_with(prepared: Prepared, judged: HeldOut):
+    rng = np.random.default_rng(2)
+    users, items = unit(rng, len(judged), 8), unit(rng, 25, 8)
+    np.testing.assert_allclose(
+        cosines(users, items, judged), (users * items[judged.targets_R]).sum(1), atol=1e-6
+    )
+    assert (
+        simple_scores(prepared, judged)["popular"].tolist()
+        == training_counts(prepared)[judged.targets_R].tolist()
+    )
+
+
+def test_users_who_like_everything_or_nothing_have_no_auc_of_their_own():
+    labels, users = np.array([1, 1, 0, 1, 0, 0]), np.array([5, 5, 7, 7, 9, 9])
+    assert one_class_users(labels, users) == 2
+
+
+def test_without_any_labelled_event_there_are_counts_and_no_figures(prepared: Prepared, judged: HeldOut):
+    nobody = judged.take(np.array([], np.int64))
+    found = measure_labelled(SETTINGS, prepared, nobody, {"hllm-2": np.array([])}, "hllm-2")
+    assert (found["rows"], found["users"], found["models"]) == (0, 0, {"hllm-2": {}})

@@ -41,7 +41,8 @@ def test_the_signature_says_whether_candidates_can_be_judged(tmp_path: Path, obj
 def test_candidates_come_back_in_their_order_with_probabilities(settings: Settings, tmp_path: Path) -> None:
     folder = package_of(tmp_path, "late_fusion")
     client = server.client(settings)
-    run = client.create_run(client.create_experiment("shop")).info.run_id
+    experiment = client.create_experiment("shop", artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment).info.run_id
     model_id = log_package(client, settings, run, folder)
     model = mlflow.pyfunc.load_model(f"models:/{model_id}")
     histories = [["film 1", "film 2"], ["film 8"]]

@@ -218,6 +218,20 @@ def plan(config: Config = None, set: Set = None, debug: Debug = False) -> None:
 
 
 @app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="Comparison file (TOML): models, seeds, budget.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would run.")] = False,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Train several models under one budget and the same seeds; write a table and a page of them."""
+    with _command(debug):
+        from hllm.comparison.compare import compare as act
+
+        act(file, tuple(set or ()), dry_run)
+
+
+@app.command()
 def doctor(config: Config = None, set: Set = None, debug: Debug = False) -> None:
     """Check this machine: packages, memory, disk, GPU, and whether MLflow, Feast and S3 answer."""
     with _command(debug):

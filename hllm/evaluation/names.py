@@ -19,5 +19,7 @@ def model_name(label: str) -> str:
 
 def metric_name(metric: str) -> str:
     """`ndcg@10` -> `NDCG@10`; the AUCs have no cutoff."""
+    if metric == "loss":
+        return "held-out loss"
     kind, at, cutoff = metric.partition("@")
     return {"ndcg": "NDCG", "recall": "Recall"}.get(kind, kind) + at + cutoff if at else metric.upper()

@@ -49,9 +49,22 @@ class Dot:
     title: str
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Estimates along an axis, each (value, low, high), and the power law through them."""
+
+    name: str
+    kind: str
+    places: Sequence[float]
+    values: Sequence[tuple[float, float, float]]
+    factor: float
+    exponent: float
+
+
 def forest(title: str, axis: str, groups: Sequence[Group]) -> Markup:
     """Estimates with their intervals, one line each, groups under headings."""
-    left, right, top, row, head = 128, 54, 34, 22, 24
+    longest = max((len(point.name) for group in groups for point in group.points), default=0)
+    left, right, top, row, head = max(128.0, 16 + longest * 12.5 * GLYPH), 54, 34, 22, 24
     rows = sum(len(group.points) for group in groups)
     headings = sum(bool(group.name) for group in groups)
     gaps = 8 * max(len(groups) - 1, 0)
@@ -125,6 +138,44 @@ def lines(
         height,
         f"{title}: from {values[0]:.4g} to {values[-1]:.4g} over {max(steps):,.0f} steps",
     )
+
+
+def power_laws(title: str, x_axis: str, curves: Sequence[Curve]) -> Markup:
+    """Estimates with their intervals on logarithmic axes; a power law is a straight line there."""
+    left, right, top, bottom, height = 62, 14, 54, 230, 272
+    places = sorted({place for curve in curves for place in curve.places})
+    ends = [end for curve in curves for value in curve.values for end in value if end > 0]
+    span = (math.log(min(ends)) - 0.05, math.log(max(ends)) + 0.05)
+    x = _scale(math.log(places[0]), math.log(places[-1]), left + 12, WIDTH - right - 12)
+    y = _scale(*span, bottom, top)
+    parts = [_title(title, WIDTH)]
+    for tick in (math.exp(span[0] + share * (span[1] - span[0])) for share in (0.05, 0.35, 0.65, 0.95)):
+        parts.append(_line(left, y(math.log(tick)), WIDTH - right, y(math.log(tick)), "grid"))
+        parts.append(_text(left - 7, y(math.log(tick)) + 4, f"{tick:.3g}", "end", "tick"))
+    for place in places:
+        parts.append(_text(x(math.log(place)), bottom + 16, f"{place:g}", "middle", "tick"))
+    parts.append(_text((left + WIDTH - right) / 2, height - 8, x_axis, "middle", "axis"))
+    for number, curve in enumerate(curves):
+        named = f"{curve.name}: exponent {curve.exponent:+.3f}"
+        parts.append(_mark(left + 8 + number * 210, 32, curve.kind))
+        parts.append(_text(left + 20 + number * 210, 36, named, "start", "label"))
+        law = [math.log(curve.factor) + curve.exponent * math.log(end) for end in curve.places]
+        parts.append(
+            _line(
+                x(math.log(curve.places[0])),
+                y(law[0]),
+                x(math.log(curve.places[-1])),
+                y(law[-1]),
+                f"interval s-{curve.kind}",
+            )
+        )
+        for place, (value, low, high) in zip(curve.places, curve.values, strict=True):
+            across = x(math.log(place))
+            low_y, high_y = (y(max(math.log(max(end, 1e-12)), span[0])) for end in (low, high))
+            parts.append(_line(across, low_y, across, high_y, f"interval s-{curve.kind}"))
+            parts.append(_mark(across, y(math.log(value)), curve.kind))
+    described = "; ".join(f"{curve.name}, exponent {curve.exponent:+.3f}" for curve in curves)
+    return _svg(parts, WIDTH, height, f"{title} over {x_axis}: {described}")
 
 
 def timeline(

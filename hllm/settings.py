@@ -137,7 +137,8 @@ class Decoder(Section):
     pretrained: bool = True
     """Load the backbone's weights; false keeps its shape and starts at random."""
     frozen: bool = False
-    """Leave this tower as it starts (table 4 of the HLLM paper): none of its weights is trained."""
+    """Leave this tower as it starts (table 4 of the HLLM paper): none of its weights is trained. What a frozen
+    Item LLM makes of a text is computed once; the layer of `model.whiten` after it is trained."""
     layers: int = Field(0, ge=0)
     """Keep only the first layers of the backbone; 0 keeps all."""
     width: int = Field(64, ge=2)

@@ -47,6 +47,7 @@ class TextItems(nn.Module):
         self.whiten = whiten
         self.all_words: Tensor | None = None
         self.used_words: Tensor | None = None
+        self.remembered: Tensor | None = None
 
     def attach(
         self, token_ids_T: npt.NDArray[np.int32], token_offsets: npt.NDArray[np.int64], trim: bool = False
@@ -62,6 +63,15 @@ class TextItems(nn.Module):
                 torch.from_numpy(used.astype(np.int64)),
             )
             self.words = nn.Parameter(self.all_words[self.used_words])
+
+    def freeze(self) -> None:
+        """Train nothing of the tower (table 4 of the paper); the whitening layer, which comes after it, is
+        trained all the same. Hidden states that cannot change are computed once: (I, D) floats of memory."""
+        self.requires_grad_(False)
+        if self.whiten:
+            self.centre.requires_grad_(True)
+            self.projection.requires_grad_(True)
+        self.remembered = torch.full((len(self.token_offsets) - 1, self.width), torch.nan)
 
     def forward(self, items_K: Items) -> Tensor:
         """Unit vectors of distinct items: (K,) -> (K, D). An item's vector does not depend on its
@@ -88,6 +98,15 @@ class TextItems(nn.Module):
 
     def hidden(self, items_K: Items) -> Tensor:
         """The last hidden state at [ITEM], or the mean of the text's last hidden states: (K,) -> (K, D)."""
+        if self.remembered is None:
+            return self._read(items_K)
+        new_K = items_K[self.remembered[torch.from_numpy(items_K), 0].isnan().numpy()]
+        if len(new_K):
+            with torch.no_grad():
+                self.remembered[torch.from_numpy(new_K)] = self._read(new_K).cpu()
+        return self.remembered[torch.from_numpy(items_K)].to(self.words.device)
+
+    def _read(self, items_K: Items) -> Tensor:
         lengths = self.token_offsets[items_K + 1] - self.token_offsets[items_K]
         order = np.argsort(lengths, kind="stable")
         device = self.words.device

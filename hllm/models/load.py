@@ -41,6 +41,8 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         decoder = build_decoder(model.item_llm, max(vocabulary, 256))
         items = TextItems(decoder, model.whiten, model.item_vector)
         items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
+        if model.item_llm.frozen:
+            items.freeze()
         if model.whiten:
             sample = np.random.default_rng(settings.run.seed).permutation(prepared.items)[:WHITENING_ITEMS]
             items.start_white(np.sort(sample))
@@ -66,7 +68,6 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
             features = EventFeatures(inside, chosen.time, chosen.time_width, known)
         user = DecoderUser(user_llm, items.width, features, model.objective)
         load_whole.cache_clear()
-        items.requires_grad_(not model.item_llm.frozen)
         user.decoder.requires_grad_(not model.user_llm.frozen)
     else:
         shape = settings.at(f"model.{family}")

@@ -110,3 +110,22 @@ def test_texts_of_the_shortest_and_longest_length(length: int):
     items.attach(np.arange(length, dtype=np.int32), np.array([0, length]))
     with torch.no_grad():
         assert torch.isfinite(items(np.array([0]))).all()
+
+
+def test_a_frozen_tower_reads_every_text_once_and_its_whitening_learns(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(1)
+    items = TextItems(build_decoder(Decoder(width=32, layers=1, heads=2), 256), whiten=True, vector="mean")
+    items.attach(TOKENS, OFFSETS, trim=True)
+    everything = np.arange(len(TEXTS))
+    items.start_white(everything)
+    expected = items(everything).detach()
+    items.freeze()
+    read: list[int] = []
+    before = items._read
+    monkeypatch.setattr(items, "_read", lambda items_K: read.extend(items_K.tolist()) or before(items_K))
+    for chosen in ([2, 0], [0, 1, 2, 3], everything):
+        torch.testing.assert_close(items(np.array(chosen)), expected[chosen])
+    assert sorted(read) == everything.tolist()
+    items(everything).sum().backward()
+    learning = {name for name, parameter in items.named_parameters() if parameter.grad is not None}
+    assert learning == {"centre", "projection"}

@@ -137,8 +137,8 @@ class Decoder(Section):
     pretrained: bool = True
     """Load the backbone's weights; false keeps its shape and starts at random."""
     frozen: bool = False
-    """Leave this tower as it starts (table 4 of the HLLM paper): none of its weights is trained. What a frozen
-    Item LLM makes of a text is computed once; the layer of `model.whiten` after it is trained."""
+    """Leave this tower as it starts (table 4 of the HLLM paper): none of its weights is trained. What a
+    frozen Item LLM makes of a text is computed once; the layer of `model.whiten` after it is trained."""
     layers: int = Field(0, ge=0)
     """Keep only the first layers of the backbone; 0 keeps all."""
     width: int = Field(64, ge=2)
@@ -195,6 +195,9 @@ class Model(Section):
     baselines: tuple[Literal["sasrec", "hstu"], ...] = ("sasrec",)
     """ID-based families that are trained beside `family`, on the same split, for comparison; most-popular is
     always compared."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in the User LLM while it is trained: on its inputs and on what each layer adds (hllm; not in
+    the paper). Small logs need it as much as ID-based models do."""
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
     item_vector: Literal["item_token", "mean"] = "item_token"

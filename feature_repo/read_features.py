@@ -49,6 +49,8 @@ if __name__ == "__main__":
     parser.add_argument("--user", required=True)
     parser.add_argument("--items", required=True, nargs="+")
     args = parser.parse_args()
+    if not (Path(args.repo) / "feature_store.yaml").is_file():
+        parser.error(f"--repo {args.repo}: no feature_store.yaml there; `hllm publish` names such a folder")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{HERE.parent / 'runs/mlflow.db'}")
     pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 28)
     store = FeatureStore(args.repo)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hllm.artifacts import Manifest
 from hllm.evaluation.gate import NAMES, Verdict
+from hllm.evaluation.names import metric_name, model_name
+from hllm.evaluation.report.figures import Against, comparisons
+from hllm.evaluation.report.words import segment_name
 
 LIMIT = 4900
 """MLflow's databases keep 5,000 characters."""
@@ -30,7 +32,7 @@ def describe(
         _table(metrics, models, metric),
         _likes(metrics),
         _data(manifests, metrics),
-        _look_at(metrics, models, metric),
+        _look_at(metrics, champion, metric),
         f"[The report]({report}) has curves, segments, ten users with their recommendations, and the cost.",
     ]
     found = "\n\n".join(part for part in parts if part)
@@ -42,10 +44,10 @@ def _models(
 ) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Label -> (name, entry): the candidate first, then the champion, then the others."""
     candidate, models = metrics["candidate"], metrics["models"]
-    found = {candidate: (f"**{candidate}** (this version)", models[candidate])}
+    found = {candidate: (f"**{model_name(candidate)}** (this version)", models[candidate])}
     if champion:
         found["champion"] = (f"champion (version {champion[0]})", champion[1])
-    others = {label: (NAMES.get(label, label), model) for label, model in models.items()}
+    others = {label: (NAMES.get(label, model_name(label)), model) for label, model in models.items()}
     return found | {label: other for label, other in others.items() if label != candidate}
 
 
@@ -54,7 +56,7 @@ def _table(
 ) -> str:
     shown = _columns(metric, metrics["cutoffs"])
     mode, level = metrics["headline"], 100 * metrics.get("confidence", 0.95)
-    lines = [f"| {metrics['rows']:,} held-out events, {mode} | " + " | ".join(map(_title, shown)) + " |"]
+    lines = [f"| {metrics['rows']:,} held-out events, {mode} | " + " | ".join(map(metric_name, shown)) + " |"]
     lines.append("|---|" + "---|" * len(shown))
     for name, entry in models.values():
         figures = entry["overall"][mode]
@@ -87,27 +89,31 @@ def _data(manifests: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
 
 
 def _look_at(
-    metrics: Mapping[str, Any], models: Mapping[str, tuple[str, Mapping[str, Any]]], metric: str
+    metrics: Mapping[str, Any], champion: tuple[int, Mapping[str, Any]] | None, metric: str
 ) -> str:
-    mode, candidate = metrics["headline"], metrics["candidate"]
-    mine = models[candidate][1]["segments"]
-    worse: list[str] = []
-    for label in ("champion", "sasrec-1", "popular"):
-        if label not in models or label == candidate:
-            continue
-        theirs = models[label][1]["segments"]
-        behind = []
-        for name in mine.keys() & theirs.keys():
-            ours, other = _value(mine[name], mode, metric), _value(theirs[name], mode, metric)
-            if ours < other:  # false where a segment is empty (nan)
-                segment = name.replace(":", " ").replace("_", " ")
-                behind.append(f"{segment} ({ours:.4f} against {other:.4f}, {mine[name]['rows']:,} events)")
-        if behind:
-            worse.append(
-                f"- {_title(metric)} is behind {NAMES.get(label, label)} on {'; '.join(sorted(behind))}"
-            )
-    listed = "\n".join(worse) if worse else "- no segment is behind the champion, SASRec or most-popular"
-    return f"**What to look at.**\n{listed}"
+    """Segments where the candidate is clearly worse: by the report's own rule, so that the two agree."""
+    entries = {**metrics["models"], **({"champion": champion[1]} if champion else {})}
+    listed = []
+    for row in comparisons(metrics, champion[1] if champion else None):
+        if row.label in NAMES and row.label in entries:
+            worse = _worse_segments(metrics, row, entries[row.label], metric)
+            if worse:
+                rival = NAMES[row.label]
+                listed.append(f"- {metric_name(metric)} is worse than {rival}'s for {'; '.join(worse)}")
+    nothing = "- in no segment is it clearly worse than the champion, SASRec or most-popular"
+    return "**What to look at.**\n" + ("\n".join(listed) or nothing)
+
+
+def _worse_segments(
+    metrics: Mapping[str, Any], row: Against, theirs: Mapping[str, Any], metric: str
+) -> list[str]:
+    mode, mine = metrics["headline"], metrics["models"][metrics["candidate"]]
+    found = []
+    for segment in row.segments_that_are("worse", mode, metric):
+        ours, other = (entry["segments"][segment][mode][metric]["value"] for entry in (mine, theirs))
+        events = mine["segments"][segment]["rows"]
+        found.append(f"{segment_name(segment)} ({ours:.4f} against {other:.4f}, {events:,} events)")
+    return found
 
 
 def _columns(metric: str, cutoffs: Sequence[int]) -> list[str]:
@@ -116,14 +122,5 @@ def _columns(metric: str, cutoffs: Sequence[int]) -> list[str]:
     return list(dict.fromkeys([metric, f"{other}@{cutoff}", f"recall@{max(cutoffs)}"]))
 
 
-def _title(metric: str) -> str:
-    kind, _, cutoff = metric.partition("@")
-    return f"{'NDCG' if kind == 'ndcg' else kind.capitalize()}@{cutoff}"
-
-
 def _figure(figure: Mapping[str, float] | None) -> str:
     return f"{figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]" if figure else "-"
-
-
-def _value(segment: Mapping[str, Any], mode: str, metric: str) -> float:
-    return float(segment.get(mode, {}).get(metric, {}).get("value", math.nan))

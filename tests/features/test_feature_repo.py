@@ -70,6 +70,14 @@ def test_the_example_says_what_to_do_when_nothing_serves(tmp_path):
     assert done.stderr == "No version of hllm serves yet: approve one in Airflow, or run `hllm promote`.\n"
 
 
+def test_the_example_says_so_when_the_folder_holds_no_store(tmp_path):
+    command = [sys.executable, REPO / "read_features.py", "--repo", tmp_path, "--user", "u", "--items", "i"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"--repo {tmp_path}: no feature_store.yaml there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_every_shipped_configuration_has_a_model_and_stores_of_its_own():
     """Otherwise a candidate is compared with the champion of another data set."""
     found = [load(path, environ={}) for path in sorted((REPO.parent / "configs").rglob("*.toml"))]
@@ -85,7 +93,7 @@ def test_every_shipped_configuration_has_a_model_and_stores_of_its_own():
 
 
 def test_the_example_is_short():
-    assert len((REPO / "read_features.py").read_text().splitlines()) <= 60
+    assert len((REPO / "read_features.py").read_text().splitlines()) <= 62
 
 
 def test_a_request_is_shown_with_its_model_version(serving):

@@ -32,7 +32,7 @@ class World:
     """A settings file, and commands that use it."""
 
     def __init__(self, folder: Path, source: TinySource, **sets: Any) -> None:
-        self.folder = folder
+        self.folder, self.source = folder, source
         self.config = folder / "hllm.toml"
         settings = tiny_settings(folder, source, **{"feast.repo": str(REPOSITORY / "feature_repo"), **sets})
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,6 +144,22 @@ def test_a_version_is_registered_published_verified_and_promoted(world: World):
     promoted = world.run("promote", "--by", "a tester", "--note", "the first")
     assert "champion of hllm moved to version 1 (service hllm_v1), decided by a tester" in promoted
     assert "no earlier champion to go back to" in world.run("rollback", "--by", "a tester", code=64)
+    assert_recommendations(world)
+
+
+def assert_recommendations(world: World) -> None:
+    """Ten items with their titles, none of which the user had; the same for a history typed by hand."""
+    had = {item for user, item, _ in world.source.events if user == "u5"}
+    lines = world.run("recommend", "--user", "u5").splitlines()
+    assert lines[0] == f"hllm version 1, user u5, {len(had)} events"
+    shown = [line.split(maxsplit=1)[1] for line in lines[4:]]
+    assert len(shown) == 10
+    assert all(" of " in line for line in shown)  # "Title 7 of romance"
+    assert not {line.split("  ")[0] for line in shown} & had
+    typed = world.run("recommend", "--history", 'item20, "naïve,comma"', "-k", "3")
+    assert len(typed.splitlines()) == 6
+    assert "item20 " not in typed
+    assert "(1 of 2) (e.g. 'item999')" in world.run("recommend", "--history", "item20,item999", code=65)
 
 
 @pytest.mark.slow

@@ -98,7 +98,8 @@ class Package:
         return parquet.read_table(self.folder / "items.parquet")
 
     @cached_property
-    def _index(self) -> dict[str, int]:
+    def places(self) -> dict[str, int]:
+        """Item id -> its row among the vectors."""
         return {item: number for number, item in enumerate(self.item_ids)}
 
     @cached_property
@@ -110,7 +111,7 @@ class Package:
     def known(self, histories: Sequence[Sequence[str]]) -> list[npt.NDArray[np.int64]]:
         """The indices of each history's items that this model knows, in order."""
         return [
-            np.array([self._index[item] for item in map(str, history) if item in self._index], np.int64)
+            np.array([self.places[item] for item in map(str, history) if item in self.places], np.int64)
             for history in histories
         ]
 
@@ -226,7 +227,7 @@ class Package:
             moments = np.concatenate(
                 [
                     np.array(
-                        [at for item, at in zip(map(str, items), when, strict=True) if item in self._index],
+                        [at for item, at in zip(map(str, items), when, strict=True) if item in self.places],
                         np.int64,
                     )[-most:]
                     for items, when in zip(histories, times, strict=True)

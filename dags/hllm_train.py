@@ -66,3 +66,5 @@ with DAG(
         "A failed gate ends the run with exit code 66; the version in MLflow says why.",
     )
     tasks["evaluate"] >> register
+    if "rank" in tasks:
+        tasks["rank"] >> register

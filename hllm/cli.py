@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -115,6 +116,20 @@ def evaluate(config: Config = None, set: Set = None, force: Force = False, debug
 
 
 @app.command()
+def rank(config: Config = None, set: Set = None, force: Force = False, debug: Debug = False) -> None:
+    """Train a reference ranker with and without the vectors, from Feast, and say what they gain."""
+    with _command(debug):
+        settings = settings_module.load(config, set or ())
+        if not settings.ranking.test_from:
+            raise ConfigError(
+                "names no day, so no ranker is trained",
+                where="ranking.test_from",
+                remedy="Set its days, as configs/experiments/movielens-100k-ranking.toml does.",
+            )
+        _run("rank", settings, force)
+
+
+@app.command()
 def register(config: Config = None, set: Set = None, debug: Debug = False) -> None:
     """Log the model to MLflow, pass the gate, write the report, set the alias `candidate`."""
     with _command(debug):
@@ -206,6 +221,29 @@ def rollback(
         from hllm.registry.promote import rollback as act
 
         act(settings_module.load(config, set or ()), to, by=by, note=note)
+
+
+@app.command()
+def recommend(
+    user: Annotated[str | None, typer.Option("--user", help="A user of the published version.")] = None,
+    history: Annotated[
+        str | None,
+        typer.Option("--history", help="Item ids, oldest first, between commas; one with a comma in quotes."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-k", min=1, help="How many items.")] = 10,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Model version; the one that serves when left out.")
+    ] = None,
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Recommend items to a user, or after a history of item ids, with their titles."""
+    with _command(debug):
+        from hllm.retrieval.recommend import recommend as act
+
+        items = next(csv.reader([history], skipinitialspace=True)) if history is not None else None
+        typer.echo(act(settings_module.load(config, set or ()), version, user, items, count))
 
 
 @app.command()

@@ -292,6 +292,37 @@ class Evaluation(Section):
     """Users whose recommendations the report shows."""
 
 
+class Ranking(Section):
+    valid_from: str = ""
+    """First day of the impressions that choose the reference ranker's best epoch; those from
+    `prepare.test_from` to here train it."""
+    test_from: str = ""
+    """First day of the impressions that test it, until the log's end. Empty: no ranker is trained. The split
+    must be temporal."""
+    refresh_hours: float = Field(24.0, gt=0)
+    """Hours between two refreshes of user vectors and counts; each knows the events before it."""
+    lag_minutes: float = Field(0.0, ge=0)
+    """Minutes from a refresh to the moment its features can be read."""
+    seeds: int = Field(5, ge=1)
+    """Rankers trained of each variant; figures are means over them."""
+    id_width: int = Field(8, ge=1)
+    """Width of the embeddings of user ids, item ids and categories."""
+    hidden: int = Field(32, ge=1)
+    """Width of the ranker's last layer and of what it makes of each vector."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout between layers."""
+    batch_size: int = Field(256, ge=1)
+    """Impressions per step."""
+    epochs: int = Field(30, ge=1)
+    """Most passes over the training impressions."""
+    patience: int = Field(5, ge=1)
+    """Passes without a better validation AUC before training ends; the best weights are kept."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate (Adam)."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW weight decay."""
+
+
 class Gate(Section):
     metric: str = "ndcg@10"
     """The metric the gate looks at, on the held-out test events."""
@@ -418,6 +449,7 @@ class Settings(Section):
     train: Train = Train()
     embed: Embed = Embed()
     evaluation: Evaluation = Evaluation()
+    ranking: Ranking = Ranking()
     gate: Gate = Gate()
     report: Report = Report()
     mlflow: Mlflow = Mlflow()

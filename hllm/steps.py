@@ -166,6 +166,17 @@ def steps(settings: Settings) -> dict[str, Step]:
             "hllm.embedding.export:export",
         )
     )
+    if settings.ranking.test_from:
+        found.append(
+            Step(
+                "rank",
+                ("rank",),
+                "the reference ranker, with and without the vectors",
+                ("prepare", embed_name(main, 1), last),
+                ("ranking", "evaluation", "run.seed", "embed.max_history"),
+                "hllm.ranking.rank:rank",
+            )
+        )
     found.append(
         Step(
             "evaluate",

@@ -94,19 +94,26 @@ def _train_counts(db: duckdb.DuckDBPyConnection, settings: Prepare) -> dict[str,
 
 
 def _days(settings: Prepare) -> tuple[int, int]:
-    valid_from, test_from = (_seconds(name, getattr(settings, name)) for name in ("valid_from", "test_from"))
+    valid_from, test_from = (
+        seconds_of_day(f"prepare.{name}", getattr(settings, name)) for name in ("valid_from", "test_from")
+    )
     if valid_from >= test_from:
         days = f"prepare.valid_from ({settings.valid_from}) must lie before prepare.test_from"
         raise ConfigError(f"{days} ({settings.test_from})")
     return valid_from, test_from
 
 
-def _seconds(name: str, day: str) -> int:
+def seconds_of_day(name: str, day: str) -> int:
+    """The first second (UTC) of the day that the setting `name` gives.
+
+    Raises:
+        ConfigError: it is not a day.
+    """
     try:
         moment = datetime.fromisoformat(day)
     except ValueError:
         raise ConfigError(
-            f'prepare.{name}: prepare.split = "temporal" needs a day, got {day!r}',
+            f'{name}: prepare.split = "temporal" needs a day, got {day!r}',
             remedy="Write it as 1998-03-01.",
         ) from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())

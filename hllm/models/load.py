@@ -66,7 +66,8 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
             inside = user_llm.config.hidden_size
             known = prepared.items if chosen.item_id else 0
             features = EventFeatures(inside, chosen.time, chosen.time_width, known)
-        user = DecoderUser(user_llm, items.width, features, model.objective)
+        pretrained = bool(model.user_llm.backbone) and model.user_llm.pretrained
+        user = DecoderUser(user_llm, items.width, features, model.objective, pretrained)
         load_whole.cache_clear()
         user.decoder.requires_grad_(not model.user_llm.frozen)
         drop_out(user.decoder, model.dropout)

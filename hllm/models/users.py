@@ -24,9 +24,11 @@ from hllm.models.probes import ProbedPacking, Probes
 class DecoderUser(nn.Module):
     """The User LLM (HLLM): a decoder whose word embeddings are replaced by item vectors.
 
-    Item vectors have unit length; a learned scale, starting at the backbone's own mean word-embedding length,
-    gives them the size that the pretrained layers expect. Between towers of different widths a projection
-    leads in and another out: the user's vector is as wide as an item's.
+    Item vectors have unit length; a learned scale gives them the size that the layers expect. It starts at
+    the mean length of a pretrained backbone's word embeddings; with random layers at the root of the width,
+    so that a history's latest item outweighs what layers add that have learned nothing yet. Between towers of
+    different widths a projection leads in, and its transpose, to start with, out: the user's vector is as
+    wide as an item's.
 
     With `objective` early_fusion or late_fusion it also judges candidates (`hllm.models.fusion`).
     """
@@ -37,17 +39,20 @@ class DecoderUser(nn.Module):
         item_width: int = 0,
         features: EventFeatures | None = None,
         objective: str = "generative",
+        pretrained: bool = True,
     ) -> None:
         super().__init__()
         words = word_vectors(decoder)
-        self.input_scale = nn.Parameter(words.norm(dim=1).mean())
         inside = words.shape[1]
+        scale = words.norm(dim=1).mean() if pretrained else torch.tensor(inside**0.5)
+        self.input_scale = nn.Parameter(scale)
         self.width = item_width or inside
         if self.width != inside:
             self.into = nn.Linear(self.width, inside, bias=False)
             self.out = nn.Linear(inside, self.width, bias=False)
             nn.init.orthogonal_(self.into.weight)
-            nn.init.orthogonal_(self.out.weight)
+            with torch.no_grad():
+                self.out.weight.copy_(self.into.weight.T)
         self.inside = inside
         self.features = features
         self.objective = objective

@@ -26,7 +26,7 @@ def test_publishing_writes_the_same_bytes_as_feast(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", ["stage1_step", "encode", "stage2_step"])
+@pytest.mark.parametrize("benchmark", ["stage1_step", "encode", "stage2_step", "ranking"])
 def test_both_sides_compute_the_same(benchmark: str, tmp_path: Path) -> None:
     """The benchmarks end with an error when losses, gradients or vectors of the two sides differ."""
     rows = figures_of(benchmark, tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
@@ -219,3 +220,18 @@ def test_dropout_is_for_training_alone(tiny_settings: TinySettings, prepared: Pr
     assert one != other
     torch.manual_seed(1)
     assert float(dropped.loss(batch).detach()) == one  # so that a resumed training repeats it
+
+
+@pytest.mark.parametrize("width", [32, 20])
+def test_an_untrained_user_llm_starts_near_the_latest_item(
+    tiny_settings: TinySettings, prepared: Prepared, width: int
+):
+    """Texts say what is alike before anything is learned; random layers must not drown that."""
+    settings = tiny_settings(**{"model.user_llm": {"width": width, "heads": 2, "layers": 2}})
+    model = new_model(settings, "hllm", prepared).eval()
+    items = np.arange(30)
+    with torch.no_grad():
+        vectors = F.normalize(torch.randn(30, model.items.width, generator=torch.manual_seed(1)), dim=-1)
+        users = model.user_vectors(vectors, History.without_times(Packing(np.full(6, 5)), items))
+        latest = (users @ vectors.T).argmax(dim=1)
+    assert (latest.numpy() == items).mean() > 0.9

@@ -139,6 +139,9 @@ class Decoder(Section):
     frozen: bool = False
     """Leave this tower as it starts (table 4 of the HLLM paper): none of its weights is trained. What a
     frozen Item LLM makes of a text is computed once; the layer of `model.whiten` after it is trained."""
+    lora_rank: int = Field(0, ge=0)
+    """Train low-rank adapters of this rank beside every linear layer instead of the tower's own weights
+    (LoRA); 0 trains the weights. What is saved is merged: loading and serving know nothing of adapters."""
     layers: int = Field(0, ge=0)
     """Keep only the first layers of the backbone; 0 keeps all."""
     width: int = Field(64, ge=2)

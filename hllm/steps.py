@@ -70,6 +70,7 @@ _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
     ("hllm", 2): (
         "run.seed",
         "model.user_llm.frozen",
+        "model.user_llm.lora_rank",
         "model.generative_weight",
         "model.dropout",
         "train.stage2",

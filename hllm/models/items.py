@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.models.backbone import word_vectors
+from hllm.models.lora import merged_state
 from hllm.models.packing import Packing, ragged, run_packed, run_packed_to_last
 
 # K distinct items, T tokens, D vector width
@@ -137,8 +138,8 @@ class TextItems(nn.Module):
         return sums_KD / torch.from_numpy(lengths_K).to(sums_KD)[:, None]
 
     def full_state(self) -> dict[str, Tensor]:
-        """Weights with the whole vocabulary, as they are saved and loaded."""
-        state = {name: value.detach() for name, value in self.state_dict().items()}
+        """Weights with the whole vocabulary and without adapters, as they are saved and loaded."""
+        state = {name: value.detach() for name, value in merged_state(self).items()}
         if self.all_words is not None and self.used_words is not None:
             state["words"] = self.all_words.clone()
             state["words"][self.used_words] = self.words.detach().to(self.all_words.device)

@@ -20,6 +20,7 @@ from hllm.models.backbone import build_decoder, decoder_from_config, load_whole,
 from hllm.models.features import EventFeatures
 from hllm.models.hstu import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
+from hllm.models.lora import choose_what_learns, merged_state
 from hllm.models.recommender import Recommender, UserModel
 from hllm.models.users import DecoderUser, SASRecUser, drop_out
 from hllm.settings import Settings
@@ -69,7 +70,10 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         pretrained = bool(model.user_llm.backbone) and model.user_llm.pretrained
         user = DecoderUser(user_llm, items.width, features, model.objective, pretrained)
         load_whole.cache_clear()
-        user.decoder.requires_grad_(not model.user_llm.frozen)
+        if model.item_llm.lora_rank:
+            items.words.requires_grad_(False)
+        choose_what_learns(items.decoder, model.item_llm, "model.item_llm")
+        choose_what_learns(user.decoder, model.user_llm, "model.user_llm")
         drop_out(user.decoder, model.dropout)
     else:
         shape = settings.at(f"model.{family}")
@@ -81,11 +85,12 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
 
 def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.float32]) -> Recommender:
     """Stage 2: the user model as stage 1 left it, over cached item vectors; the Item LLM is not loaded."""
+    torch.manual_seed(settings.run.seed)
     user, log_scale = _load_user(before)
     chosen = settings.model
     model = Recommender(CachedItems(vectors_ID), user, chosen.temperature, chosen.generative_weight)
     if isinstance(user, DecoderUser):
-        user.decoder.requires_grad_(not chosen.user_llm.frozen)
+        choose_what_learns(user.decoder, chosen.user_llm, "model.user_llm")
         drop_out(user.decoder, chosen.dropout)
     with torch.no_grad():
         model.log_scale.copy_(log_scale)
@@ -113,7 +118,7 @@ def save_model(model: Recommender, family: str, folder: Path) -> None:
     if isinstance(model.items, TextItems):
         shape["item"] = _plain(model.items.decoder.config)
         shape |= {"whiten": model.items.whiten, "item_vector": model.items.vector}
-    _save({**model.user.state_dict(), "log_scale": model.log_scale.detach()}, folder / USER)
+    _save({**merged_state(model.user), "log_scale": model.log_scale.detach()}, folder / USER)
     write_atomically(folder / SHAPE, json.dumps(shape, indent=1, sort_keys=True).encode())
 
 

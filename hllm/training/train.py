@@ -80,6 +80,9 @@ def train(context: Context) -> None:
     context.rows = {"windows": batches.windows, "steps": trained.steps}
     context.facts = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        ),
         "first_loss": trained.first_loss,
         "last_loss": trained.last_loss,
         "best_step": trained.best_step,

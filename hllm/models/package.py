@@ -167,7 +167,7 @@ class Package:
 
         asked = self._asked(histories, times, asked_at)
         shown = [
-            np.array([self._index.get(str(item), -1) for item in items], np.int64)
+            np.array([self.places.get(str(item), -1) for item in items], np.int64)
             for _, items in zip(histories, candidates, strict=True)
         ]
         found = [np.full(len(items), np.nan, np.float32) for items in shown]

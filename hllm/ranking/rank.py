@@ -34,7 +34,7 @@ from hllm.ranking.ranker import VARIANTS, Inputs, Trained, probabilities, sizes
 from hllm.ranking.results import measure, tables
 from hllm.ranking.store import Vectors, own_store, write_history
 from hllm.settings import Settings
-from hllm.steps import FAMILIES, Context, embed_name, train_name
+from hllm.steps import Context, embed_name, stages_of, train_name
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -87,7 +87,7 @@ def rank(context: Context) -> None:
 def frozen_vectors(context: Context) -> Vectors:
     settings, family = context.settings, context.settings.model.family
     return Vectors(
-        load_user_model(context.inputs[train_name(family, FAMILIES[family][-1])]),
+        load_user_model(context.inputs[train_name(family, stages_of(settings, family)[-1])]),
         np.asarray(ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()),
         settings.embed.max_history,
         settings.embed.users_per_batch,

@@ -177,6 +177,7 @@ def _user_vectors(prepared: Prepared, vectors: Vectors, of_users: Refreshes) -> 
                 of_users.as_of_S[part],
                 vectors.users_per_batch,
                 progress.advance,
+                published=True,
             )
             yield _vector_table(
                 "user",

@@ -53,7 +53,17 @@ def recommend(
         found = retriever.for_history(history, k)
     else:
         request = of_user(settings, info, str(user))
-        found = retriever.for_vector(np.asarray(request.vector_D), request.seen, k)
+        if package.objective == "late_fusion":
+            # What it publishes for rankers is its output at [USER]; the catalogue is ranked by the interest.
+            if not request.seen:
+                raise DataError(
+                    "the log it learned from is not at hand, and its published vectors rank no catalogue",
+                    where=f"{info.model} version {info.version} (late fusion)",
+                    remedy="Give the user's items with --history.",
+                )
+            found = retriever.for_history(request.seen, k)
+        else:
+            found = retriever.for_vector(np.asarray(request.vector_D), request.seen, k)
     return _text(info, package, request, found)
 
 

@@ -51,7 +51,7 @@ class Retriever:
                 remedy=f"Its catalogue has {len(place):,} items, such as "
                 f"{', '.join(map(repr, self.package.item_ids[:3]))}.",
             )
-        return self.for_vector(self.package.user_vectors([list(history)])[0], history, k)
+        return self.for_vector(self.package.interest_vectors([list(history)])[0], history, k)
 
     def for_vector(
         self, vector_D: npt.NDArray[np.float32], seen: Sequence[str], k: int

@@ -15,8 +15,8 @@ class TitledPackage(SmallPackage):
         super().__init__([f"i{item}" for item in range(items)], unit(np.random.default_rng(4), items, 8))
         self.places, self.titles = self.row_of, [f"Item {item}" for item in range(items)]
 
-    def user_vectors(self, histories, times=None, asked_at=None):
-        return super().user_vectors(histories, times, asked_at)
+    def interest_vectors(self, histories, times=None, asked_at=None):
+        return super().interest_vectors(histories, times, asked_at)
 
 
 @pytest.mark.parametrize("approximate", [False, True])
@@ -24,7 +24,7 @@ def test_the_nearest_items_with_their_titles_and_without_what_was_seen(approxima
     package = TitledPackage()
     history = ["i3", "i7"]
     found = Retriever.of(package, approximate).for_history(history, 5)
-    cosines = package.item_vectors @ package.user_vectors([history])[0]
+    cosines = package.item_vectors @ package.interest_vectors([history])[0]
     cosines[[3, 7]] = -np.inf
     assert [one.item_id for one in found] == [f"i{item}" for item in np.argsort(-cosines)[:5]]
     assert all(one.title == f"Item {one.item_id[1:]}" for one in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
@@ -16,6 +18,7 @@ from hllm.data.prepared import Prepared
 from hllm.errors import ConfigError
 from hllm.models.history import History
 from hllm.models.load import (
+    ID_USERS,
     family_of,
     load_item_model,
     load_user_model,
@@ -27,12 +30,14 @@ from hllm.models.load import (
 from hllm.models.packing import Packing
 from hllm.models.recommender import Recommender
 from hllm.settings import Settings, Stage
+from hllm.settings import load as load_settings
 from hllm.training.batches import Batches
 from hllm.training.loop import parameter_groups
 from tests.training.world import prepared_of
 
 TinySettings = Callable[..., Settings]
 ITEMS = np.arange(12)
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -235,3 +240,62 @@ def test_an_untrained_user_llm_starts_near_the_latest_item(
         users = model.user_vectors(vectors, History.without_times(Packing(np.full(6, 5)), items))
         latest = (users @ vectors.T).argmax(dim=1)
     assert (latest.numpy() == items).mean() > 0.9
+
+
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+BACKBONES = {
+    "Llama (and SmolLM2)": transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)),
+    "Mistral": transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, sliding_window=4)),
+    "Qwen 2": transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)),
+    "Qwen 3": transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, head_dim=8)),
+    "Gemma 3": transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4, query_pre_attn_scalar=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", ["generative", "early_fusion", "late_fusion"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_decoder_serves_as_either_tower_and_comes_back_from_disk(
+    tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, name: str, objective: str
+):
+    BACKBONES[name].save_pretrained(tmp_path / "backbone")
+    towers = {
+        f"model.{tower}": {"backbone": str(tmp_path / "backbone"), "layers": layers}
+        for tower, layers in (("item_llm", 2), ("user_llm", 1))
+    }
+    settings = tiny_settings(**towers, **{"model.objective": objective})
+    model = new_model(settings, "hllm", prepared)
+    batch = Batches(prepared, 8, 2, 4, seed=1)[0]
+    labels = np.resize(np.array([0, 1], np.int8), len(batch.targets_T))
+    model.loss(dataclasses.replace(batch, labels_T=labels)).backward()
+    silent = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ]
+    # A head that starts at zero sends nothing further back in its first step.
+    assert not [name for name in silent if not name.startswith("user.fusion.")], silent
+    moved(model)
+    save_model(model, "hllm", tmp_path)
+    items, user = load_item_model(tmp_path, prepared), load_user_model(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(items(ITEMS), model.items(ITEMS))
+    torch.testing.assert_close(user_vectors(user, 32), user_vectors(model.user, 32))
+
+
+def test_an_id_based_model_as_large_as_an_llm_is_a_matter_of_settings():
+    """The "-1B" rows of the paper; its parameters are counted without their memory."""
+    settings = load_settings(CONFIGS / "experiments" / "id-models-1b.toml", environ={})
+    for family, users in ID_USERS.items():
+        shape, longest = settings.at(f"model.{family}"), settings.at(f"train.{family}.history_length")
+        with torch.device("meta"):
+            user = users(shape.width, shape.layers, shape.heads, shape.dropout, longest)
+        assert 1.0e9 < sum(parameter.numel() for parameter in user.parameters()) < 1.2e9, family

@@ -64,7 +64,7 @@ class TimeEmbedding(nn.Module):
 
 
 class EventFeatures(nn.Module):
-    """Time and item-ID embeddings, summed into the User LLM's input (HLLM, section 4.5 and table 12). Targets
+    """Time and item-ID embeddings, summed into the User LLM's input (HLLM, table 12). Targets
     stay pure Item LLM vectors."""
 
     def __init__(self, width: int, time: str = "", time_width: int = 512, items: int = 0) -> None:

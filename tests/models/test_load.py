@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared

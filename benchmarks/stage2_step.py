@@ -100,10 +100,12 @@ def main() -> None:
     ratio = times["stage 1"].median / times["stage 2"].median
     figures.claim("a stage-2 step against a stage-1 step", f"{ratio:.1f} times as fast", "faster", ratio > 1)
     ratio = times["SASRec 576"].median / times["stage 2"].median
-    figures.add(
-        "a stage-2 step against SASRec with a user model of the same size", f"{ratio:.2f} times as fast"
+    figures.claim(
+        "a stage-2 step against SASRec with a user model of the same size",
+        f"{ratio:.2f} times as fast",
+        "at most 1.1 times its time",
+        ratio >= 1 / 1.1,
     )
-    print(f"a stage-2 step against SASRec with a user model of the same size: {ratio:.2f} times as fast")
     figures.finish(args.figures)
 
 

@@ -34,6 +34,14 @@ def test_both_sides_compute_the_same(benchmark: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_cost_of_everything_is_measured_along_its_axis(tmp_path: Path) -> None:
+    rows = figures_of("cost", tmp_path)
+    exponents = {row["what"]: float(row["figure"]) for row in rows if row["what"].endswith("exponent")}
+    assert len(exponents) == 6
+    assert exponents["ranking of 500 users against catalogue size: exponent"] > 0
+
+
+@pytest.mark.slow
 def test_pretrained_weights_change_the_first_loss(tmp_path: Path) -> None:
     first = figures_of("pretrained", tmp_path)[0]
     assert first["claim"].startswith("PASS"), first

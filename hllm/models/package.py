@@ -120,6 +120,12 @@ class Package:
         """What was learned: generative, early_fusion or late_fusion."""
         return str(self.shape.get("objective", "generative"))
 
+    @property
+    def reads_times(self) -> bool:
+        """Whether it matters to the model when things happened."""
+        features = self.shape.get("user_features") or {}
+        return self.family == "hstu" or bool(features.get("time"))
+
     def user_vectors(
         self,
         histories: Sequence[Sequence[str]],
@@ -238,11 +244,16 @@ class Package:
         return Asked(items, moments, np.cumsum(lengths) - lengths, lengths, asked)
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int, filter_history: bool = True
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int,
+        filter_history: bool = True,
+        times: Sequence[Sequence[int]] | None = None,
+        asked_at: Sequence[int] | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The k best (item id, cosine) for each history, best first; nothing for a history without any known
         item."""
-        vectors, known = self.interest_vectors(histories), self.known(histories)
+        vectors, known = self.interest_vectors(histories, times, asked_at), self.known(histories)
         found: list[list[tuple[str, float]]] = []
         for vector, items in zip(vectors, known, strict=True):
             if not len(items):

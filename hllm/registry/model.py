@@ -83,15 +83,20 @@ def _imports(path: Path) -> list[str]:
 
 
 def signature(package: Path) -> Any:
-    """Histories in; where the model was trained to judge them, candidates beside them."""
+    """Histories in; beside them candidates where the model was trained to judge them, and times where it
+    reads them."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     from hllm.models.package import Package
 
     inputs: list[Any] = [ColSpec(Array(DataType.string), "history")]
-    if Package.open(package).objective != "generative":
+    found = Package.open(package)
+    if found.objective != "generative":
         inputs.append(ColSpec(Array(DataType.string), "candidates", required=False))
+    if found.reads_times:
+        inputs.append(ColSpec(Array(DataType.long), "times", required=False))
+        inputs.append(ColSpec(DataType.long, "asked_at", required=False))
     return ModelSignature(
         inputs=Schema(inputs),
         outputs=Schema(

@@ -10,6 +10,9 @@ A version that was trained discriminatively (early or late fusion) also takes ca
 says so; it answers with them in their order, each with the probability that the user likes it:
 
     model.predict(pandas.DataFrame({"history": [["50", "181"]], "candidates": [["172", "1"]]}))
+
+A version that reads when things happened also takes `times`, the second (UTC) of each event of a history, and
+`asked_at`, that of the question; without them the model takes all times as unknown.
 """
 
 from __future__ import annotations
@@ -37,14 +40,18 @@ class Recommender(PythonModel):
     ) -> pd.DataFrame:
         asked = {"k": 10, "filter_history": True} | (params or {})
         histories = _ids(model_input["history"])
+        times, asked_at = (
+            model_input[name].tolist() if name in model_input else None for name in ("times", "asked_at")
+        )
         if "candidates" in model_input:
             item_ids = _ids(model_input["candidates"])
-            scores = [row.astype(float).tolist() for row in self.package.scores(histories, item_ids)]
+            found = self.package.scores(histories, item_ids, times, asked_at)
+            scores = [row.astype(float).tolist() for row in found]
         else:
             k, filter_history = int(asked["k"]), bool(asked["filter_history"])
-            found = self.package.recommend(histories, k, filter_history=filter_history)
-            item_ids = [[item_id for item_id, _ in row] for row in found]
-            scores = [[float(score) for _, score in row] for row in found]
+            best = self.package.recommend(histories, k, filter_history, times, asked_at)
+            item_ids = [[item_id for item_id, _ in row] for row in best]
+            scores = [[float(score) for _, score in row] for row in best]
         return pd.DataFrame({"item_ids": item_ids, "scores": scores}, index=model_input.index)
 
 

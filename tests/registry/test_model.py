@@ -19,10 +19,13 @@ from hllm.settings import Settings
 from tests.training.world import prepared_of
 
 
-def package_of(folder: Path, objective: str) -> Path:
+def package_of(folder: Path, objective: str, time: str = "") -> Path:
     model = {"objective": objective, "item_llm": {"width": 16}, "user_llm": {"width": 16}}
+    model |= {"user_features": {"time": time, "time_width": 4}}
     prepared = prepared_of(folder, [4, 6], items=9)
     recommender = new_model(Settings.model_validate({"model": model}), "hllm", prepared).eval()
+    if time:  # as if it had learned something of it
+        torch.nn.init.normal_(recommender.user.features.time.outer.weight)
     (folder / "train").mkdir()
     save_model(recommender, "hllm", folder / "train")
     with torch.no_grad():
@@ -55,3 +58,18 @@ def test_candidates_come_back_in_their_order_with_probabilities(settings: Settin
     assert np.isnan(found["scores"][0][1])
     without = model.predict(pd.DataFrame({"history": histories}), params={"k": 3})
     assert [len(ids) for ids in without["item_ids"]] == [3, 3]
+
+
+def test_a_model_that_reads_times_is_told_them(settings: Settings, tmp_path: Path) -> None:
+    folder = package_of(tmp_path, "generative", time="hour")
+    assert [column.name for column in signature(folder).inputs] == ["history", "times", "asked_at"]
+    client = server.client(settings)
+    run = client.create_run(client.create_experiment("shop")).info.run_id
+    model = mlflow.pyfunc.load_model(f"models:/{log_package(client, settings, run, folder)}")
+    histories, times, asked_at = [["film 1", "film 2"]], [[1_500_000_000, 1_600_000_000]], [1_600_000_500]
+    found = model.predict(pd.DataFrame({"history": histories, "times": times, "asked_at": asked_at}))
+    expected = Package.open(folder).recommend(histories, 10, times=times, asked_at=asked_at)
+    assert found["item_ids"][0] == [item for item, _ in expected[0]]
+    np.testing.assert_allclose(found["scores"][0], [score for _, score in expected[0]], atol=1e-6)
+    without = model.predict(pd.DataFrame({"history": histories}))
+    assert np.abs(np.sort(found["scores"][0]) - np.sort(without["scores"][0])).max() > 1e-5

@@ -11,7 +11,7 @@ from hllm.models.packing import ragged
 from hllm.models.users import DecoderUser
 
 CANDIDATES_AT_ONCE = 4_096
-"""Bounds memory. A history with more candidates than this is encoded once per so many."""
+"""Bounds memory. A history with more candidates than this is encoded again for the next so many."""
 
 # R histories, P candidates of all of them, I items, D vector width
 
@@ -63,40 +63,37 @@ def scores_of_candidates(
     """Probabilities of candidates (item indices), `counts_R` of them for each history event_items[start :
     start + length], one history after another: (P,), 0 to 1. Histories are never empty."""
     scores_P = np.empty(len(candidates_P), np.float32)
-    rows_C, firsts_C, counts_C = _portions(np.asarray(counts_R, np.int64))
+    counts_R = np.asarray(counts_R, np.int64)
+    firsts_R = np.cumsum(counts_R) - counts_R
+    asking = np.flatnonzero(counts_R)
     batches = packed_histories(
         model,
         item_vectors_ID,
         event_items,
         event_times,
-        starts_R[rows_C],
-        lengths_R[rows_C],
-        asked_R[rows_C],
-        _histories_at_once(counts_C, batch),
+        starts_R[asking],
+        lengths_R[asking],
+        asked_R[asking],
+        _histories_at_once(starts_R[asking], counts_R[asking], batch),
     )
     with torch.inference_mode():
-        for portions, inputs_TD, history in batches:
-            places = ragged(firsts_C[portions], counts_C[portions])
-            items = np.asarray(candidates_P[places], np.int64)
-            logits = model.scores(
-                inputs_TD,
-                history,
-                torch.from_numpy(np.asarray(item_vectors_ID[items], np.float32)),
-                items,
-                np.repeat(np.arange(len(portions)), counts_C[portions]),
-            )
-            scores_P[places] = logits.sigmoid().numpy()
+        for found, after_Q, inputs_TD, history in batches:
+            rows = asking[found]
+            question_P = np.repeat(np.arange(len(rows)), counts_R[rows])
+            places = ragged(firsts_R[rows], counts_R[rows])
+            for begin in range(0, len(places), CANDIDATES_AT_ONCE):
+                part = slice(begin, begin + CANDIDATES_AT_ONCE)
+                items = np.asarray(candidates_P[places[part]], np.int64)
+                candidates_PD = torch.from_numpy(np.asarray(item_vectors_ID[items], np.float32))
+                logits_P = model.scores(
+                    inputs_TD, history, candidates_PD, items, question_P[part], after_Q, asked_R[rows]
+                )
+                scores_P[places[part]] = logits_P.sigmoid().numpy()
     return scores_P
 
 
-def _portions(counts_R: Ints) -> tuple[Ints, Ints, Ints]:
-    """Rows with candidates, those with very many in several portions: (row, first candidate, how many)."""
-    firsts_R, portions_R = np.cumsum(counts_R) - counts_R, -(-counts_R // CANDIDATES_AT_ONCE)
-    rows_C = np.repeat(np.arange(len(counts_R)), portions_R)
-    before_C = np.arange(len(rows_C)) - np.repeat(np.cumsum(portions_R) - portions_R, portions_R)
-    done_C = before_C * CANDIDATES_AT_ONCE
-    return rows_C, firsts_R[rows_C] + done_C, np.minimum(counts_R[rows_C] - done_C, CANDIDATES_AT_ONCE)
-
-
-def _histories_at_once(counts_C: Ints, batch: int) -> int:
-    return max(1, min(batch, CANDIDATES_AT_ONCE // max(int(counts_C.max(initial=1)), 1)))
+def _histories_at_once(starts_R: Ints, counts_R: Ints, batch: int) -> int:
+    """Rows with the same start may share a history."""
+    _, group_R = np.unique(starts_R, return_inverse=True)
+    most = int(np.bincount(group_R, weights=counts_R).max(initial=1))
+    return max(1, min(batch, CANDIDATES_AT_ONCE // most))

@@ -68,12 +68,12 @@ def vectors_of_histories(
         model, item_vectors_ID, event_items, event_times, starts_R, lengths_R, asked_R, batch
     )
     with torch.inference_mode():
-        for rows, inputs_TD, history in batches:
+        for rows, ends, inputs_TD, history in batches:
             if read:
-                vectors_SD = read(inputs_TD, history)
+                found = read(inputs_TD, history, ends, np.asarray(asked_R)[rows])
             else:
-                vectors_SD = model(inputs_TD, history)[torch.from_numpy(history.packing.last_S)]
-            vectors_RD[rows] = vectors_SD.float().numpy()
+                found = model(inputs_TD, history)[torch.from_numpy(ends)]
+            vectors_RD[rows] = found.float().numpy()
             if advance:
                 advance(len(rows))
     return vectors_RD
@@ -93,28 +93,39 @@ def packed_histories(
     lengths_R: Ints,
     asked_R: Ints,
     batch: int,
-) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, History]]:
-    """Batches of at most `batch` histories: their rows, the (T, D) vectors of their items, and themselves.
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor, History]]:
+    """Batches of at most `batch` histories: the rows that they answer, the place of each row's last event,
+    the (T, D) vectors of their items, and the histories.
 
     Short histories come with short ones, so a batch holds no padding and one long history does not slow the
-    rest.
+    rest. Rows that begin with the same event are the same history at different times: where the model counts
+    positions from the first event, the longest is encoded for all of them.
     """
     known = getattr(model, "max_history", None)
-    if known:  # ID-based families know as many positions as their training windows were long
+    if known:  # ID-based families know as many positions as their windows were long, counted from the latest
         skipped_R = np.maximum(lengths_R - known, 0)
         starts_R, lengths_R = starts_R + skipped_R, lengths_R - skipped_R
-    order = np.argsort(lengths_R, kind="stable")
+        starts_G, group_R = starts_R, np.arange(len(starts_R))
+    else:
+        starts_G, group_R = np.unique(starts_R, return_inverse=True)
+    by_group = np.lexsort((lengths_R, group_R))
+    counts_G = np.bincount(group_R, minlength=len(starts_G))
+    firsts_G = np.cumsum(counts_G) - counts_G
+    longest_G = by_group[firsts_G + counts_G - 1]
+    order = np.argsort(lengths_R[longest_G], kind="stable")
     for begin in range(0, len(order), batch):
-        rows = order[begin : begin + batch]
-        packing = Packing(np.asarray(lengths_R[rows], np.int64))
-        positions = ragged(starts_R[rows], lengths_R[rows])
+        groups = order[begin : begin + batch]
+        packing = Packing(np.asarray(lengths_R[longest_G[groups]], np.int64))
+        positions = ragged(starts_G[groups], packing.lengths_S)
         items_T, times_T = (
             np.asarray(column[positions], np.int64) for column in (event_items, event_times)
         )
         next_times_T = np.append(times_T[1:], UNKNOWN_TIME)
-        next_times_T[packing.last_S] = asked_R[rows]
+        next_times_T[packing.last_S] = asked_R[longest_G[groups]]
+        rows = by_group[ragged(firsts_G[groups], counts_G[groups])]
         yield (
             rows,
+            np.repeat(packing.starts_S, counts_G[groups]) + lengths_R[rows] - 1,
             torch.from_numpy(np.asarray(item_vectors_ID[items_T], np.float32)),
             History(packing, items_T, times_T, next_times_T),
         )

@@ -44,12 +44,15 @@ class Probes:
         return cls(packing.sequence_T, packing.positions_T + 1, targets_T, history.next_times_T)
 
     @classmethod
-    def at_the_end(
-        cls, history: History, sequence_P: npt.NDArray[np.int64], items_P: npt.NDArray[np.int64]
+    def after(
+        cls,
+        packing: Packing,
+        after_P: npt.NDArray[np.int64],
+        items_P: npt.NDArray[np.int64],
+        times_P: npt.NDArray[np.int64],
     ) -> Probes:
-        """Candidates of whole histories, at the moment each history is asked about."""
-        asked_S = history.next_times_T[history.packing.last_S]
-        return cls(sequence_P, history.packing.lengths_S[sequence_P], items_P, asked_S[sequence_P])
+        """A probe after each of these events of the T (numbers of them, history by history)."""
+        return cls(packing.sequence_T[after_P], packing.positions_T[after_P] + 1, items_P, times_P)
 
     def without_items(self) -> Probes:
         """The same places, for something that is no item."""

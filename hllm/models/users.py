@@ -88,21 +88,29 @@ class DecoderUser(nn.Module):
         history: History,
         candidates_PD: Tensor,
         items_P: npt.NDArray[np.int64],
-        sequence_P: npt.NDArray[np.int64],
+        question_P: npt.NDArray[np.int64],
+        after_Q: npt.NDArray[np.int64],
+        asked_Q: npt.NDArray[np.int64],
     ) -> Tensor:
-        """(P,) logits of candidates of whole histories (`sequence_P`: whose, not decreasing). However many
-        there are, every event of a history is computed once."""
+        """(P,) logits of candidates. Question q is asked after event `after_Q[q]` of the T (not decreasing
+        from one history to the next), at the second `asked_Q[q]`; candidate p belongs to question
+        `question_P[p]` (not decreasing). However many there are, every event is computed once."""
         if isinstance(self.fusion, EarlyFusion):
-            probes = Probes.at_the_end(history, sequence_P, items_P)
+            probes = Probes.after(history.packing, after_Q[question_P], items_P, asked_Q[question_P])
             return self.judge(vectors_TD, history, candidates_PD, probes)[1]
-        users_SD = self.user_token_vectors(vectors_TD, history)
-        return self.late_fusion(users_SD[torch.from_numpy(sequence_P).to(users_SD.device)], candidates_PD)
+        users_QD = self.user_token_vectors(vectors_TD, history, after_Q, asked_Q)
+        return self.late_fusion(users_QD[torch.from_numpy(question_P).to(users_QD.device)], candidates_PD)
 
-    def user_token_vectors(self, vectors_TD: Tensor, history: History) -> Tensor:
-        """Late fusion's user vectors, the outputs at [USER] after whole histories: (S, D), unit length."""
-        every_S = np.arange(len(history.packing.lengths_S))
-        nothing_S = np.full(len(every_S), UNKNOWN_ITEM)
-        probes = Probes.at_the_end(history, every_S, nothing_S)
+    def user_token_vectors(
+        self,
+        vectors_TD: Tensor,
+        history: History,
+        after_Q: npt.NDArray[np.int64],
+        asked_Q: npt.NDArray[np.int64],
+    ) -> Tensor:
+        """Late fusion's user vectors, the outputs at [USER] after those events: (Q, D), unit length."""
+        nothing_Q = np.full(len(after_Q), UNKNOWN_ITEM)
+        probes = Probes.after(history.packing, after_Q, nothing_Q, asked_Q)
         return self._with_user_tokens(vectors_TD, history, probes)[1]
 
     @property

@@ -88,12 +88,14 @@ def test_the_deployed_model_gives_the_probabilities_that_were_evaluated(judging:
     assert expected.std() > 1e-5
 
 
-def test_many_candidates_of_many_users_are_each_of_them_alone(
+def test_many_candidates_of_many_histories_are_each_of_them_alone(
     judging: Judging, monkeypatch: pytest.MonkeyPatch
 ):
     model, prepared = load_user_model(judging.outputs["train-hllm-2"]), judging.prepared
-    starts, lengths = np.array([0, 5, 20, 31]), np.array([3, 1, 9, 3])
-    counts, asked = np.array([2, 0, 25, 11]), np.full(4, int(prepared.event_times.max()))
+    # the last three rows are one history, asked about at three times
+    starts, lengths = np.array([0, 5, 31, 20, 20, 20]), np.array([3, 1, 3, 9, 2, 9])
+    counts, latest = np.array([2, 0, 25, 11, 4, 5]), int(prepared.event_times.max())
+    asked = latest + 86_400 * np.arange(6)
     candidates = np.random.default_rng(0).integers(0, prepared.items, counts.sum())
 
     def scores(batch: int) -> np.ndarray:
@@ -101,10 +103,10 @@ def test_many_candidates_of_many_users_are_each_of_them_alone(
         return scores_of_candidates(model, judging.items, *columns, batch)
 
     together = scores(256)
-    monkeypatch.setattr(module, "CANDIDATES_AT_ONCE", 4)  # the third user in seven portions
+    monkeypatch.setattr(module, "CANDIDATES_AT_ONCE", 4)  # the third row in seven portions
     np.testing.assert_allclose(scores(3), together, atol=1e-6)
-    rows = np.repeat(np.arange(4), counts)
-    for place in (0, 1, 2, 17, 26, 37):
+    rows = np.repeat(np.arange(6), counts)
+    for place in (0, 1, 2, 17, 26, 37, 38, 41, 42, 46):
         row = slice(rows[place], rows[place] + 1)
         alone = scores_of_candidates(
             model, judging.items, prepared.event_items, prepared.event_times, starts[row], lengths[row],

@@ -91,3 +91,25 @@ def test_a_history_longer_than_sasrec_was_trained_on_counts_by_its_last_events(t
         model, items, events, UNKNOWN_TIMES, starts, lengths, UNKNOWN_TIMES[:2], 2
     )
     np.testing.assert_allclose(whole, last, atol=1e-6)
+
+
+def test_a_history_asked_about_at_many_moments_is_encoded_once(trained: Trained, prepared: Prepared):
+    """A temporal split asks about a user's every event of the test period."""
+    model = load_user_model(trained["train-hllm-2"])
+    items = ItemVectors.open(trained["embed-hllm-1"]).matrix()
+    user = int(np.argmax(np.diff(prepared.user_offsets)))
+    start, end = (int(offset) for offset in prepared.user_offsets[user : user + 2])
+    ends = np.arange(start + 1, end)[::-1]
+    asked = np.array(prepared.event_times[ends])
+    computed: list[int] = []
+    hook = model.decoder.norm.register_forward_hook(lambda *call: computed.append(call[1][0].shape[1]))
+    users = np.full(len(ends), user)
+    together = held_out_user_vectors(model, items, prepared, users, ends, asked, 50, 256)
+    hook.remove()
+    assert computed == [end - 1 - start]
+    alone = [
+        held_out_user_vectors(model, items, prepared, users[:1], ends[[row]], asked[[row]], 50, 1)
+        for row in range(len(ends))
+    ]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+    assert len(ends) > 15

@@ -50,6 +50,12 @@ def histories(lengths: list[int], seed: int = 5) -> History:
     return History(packing, random.integers(0, ITEMS, packing.tokens), times[:-1], times[1:])
 
 
+def scores(user, events, history, candidates, items, sequence) -> torch.Tensor:
+    """Candidates of whole histories."""
+    last = history.packing.last_S
+    return user.scores(events, history, candidates, items, sequence, last, history.next_times_T[last])
+
+
 def part_of(history: History, start: int, end: int, asked: int) -> History:
     times = np.append(history.times_T[start + 1 : end], asked)
     packing = Packing(np.array([end - start]))
@@ -66,7 +72,7 @@ def test_500_candidates_in_one_call_are_500_calls(objective: str, features: bool
     seen: list[int] = []
     hook = user.decoder.norm.register_forward_hook(lambda *call: seen.append(call[1][0].shape[1]))
     with torch.no_grad():
-        together = user.scores(events, history, candidates, items, sequence)
+        together = scores(user, events, history, candidates, items, sequence)
         hook.remove()
         # Every event once; beside it one position for each candidate (early), or for each user (late).
         assert seen == [47 + (503 if objective == "early_fusion" else 2)]
@@ -74,8 +80,8 @@ def test_500_candidates_in_one_call_are_500_calls(objective: str, features: bool
         for row in [0, 2, 3, 4, *range(5, 503, 83), 502]:
             start, end = firsts[sequence[row]], ends[sequence[row]]
             one = part_of(history, start, end, int(history.next_times_T[end - 1]))
-            alone = user.scores(
-                events[start:end], one, candidates[row : row + 1], items[row : row + 1], np.array([0])
+            alone = scores(
+                user, events[start:end], one, candidates[row : row + 1], items[row : row + 1], np.array([0])
             )
             torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
     assert together.std() > 1e-4
@@ -90,8 +96,8 @@ def test_training_judges_each_event_as_inference_would_have(objective: str):
         torch.testing.assert_close(outputs, user(events, history))
         for start, end, row in ((0, 1, 0), (0, 3, 2), (3, 4, 3), (3, 7, 6), (3, 9, 8)):
             before = part_of(history, start, end, int(history.next_times_T[end - 1]))
-            alone = user.scores(
-                events[start:end], before, targets[row : row + 1], items[row : row + 1], np.array([0])
+            alone = scores(
+                user, events[start:end], before, targets[row : row + 1], items[row : row + 1], np.array([0])
             )
             torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-4)
 
@@ -102,7 +108,7 @@ def test_a_candidate_is_told_as_an_event_is_by_its_id_and_the_moment_of_the_ques
 
     def score(item: int, asked: int) -> float:
         one = part_of(history, 0, 5, asked)
-        return float(user.scores(events, one, candidate, np.array([item]), first).detach())
+        return float(scores(user, events, one, candidate, np.array([item]), first).detach())
 
     assert score(4, START) != score(5, START)
     assert score(4, START) != score(4, START + 3600 * 24 * 40)
@@ -112,14 +118,15 @@ def test_a_candidate_is_told_as_an_event_is_by_its_id_and_the_moment_of_the_ques
 def test_late_fusion_serves_candidates_it_never_met_from_one_vector():
     user, history = user_model("late_fusion"), histories([5, 5, 8])
     with torch.no_grad():
-        vectors = user.user_token_vectors(unit(18, 1), history)
+        last = history.packing.last_S
+        vectors = user.user_token_vectors(unit(18, 1), history, last, history.next_times_T[last])
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
         candidates, sequence = unit(3, 4), np.arange(3)
-        logits = user.scores(unit(18, 1), history, candidates, np.arange(3), sequence)
+        logits = scores(user, unit(18, 1), history, candidates, np.arange(3), sequence)
         torch.testing.assert_close(user.late_fusion(vectors, candidates), logits)
     assert (vectors - user(unit(18, 1), history)[torch.tensor([4, 9, 17])]).abs().max() > 0.01
     with pytest.raises(ValueError, match="has no \\[USER\\] vector"):
-        user_model("early_fusion").user_token_vectors(unit(18, 1), history)
+        _ = user_model("early_fusion").late_fusion
 
 
 def recommender(objective: str, weight: float) -> tuple[Recommender, Batch]:

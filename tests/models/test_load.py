@@ -205,7 +205,8 @@ def test_a_model_that_judges_is_saved_with_what_it_judges_by(
         loaded = load_user_model(tmp_path)
         packing = Packing(np.array([1, 4, 7]))
         history = History(packing, np.arange(12), 10**9 + np.arange(12), 10**9 + np.arange(1, 13))
-        asked = (vectors, history, vectors[:3], np.arange(3), np.arange(3))
+        last = packing.last_S
+        asked = (vectors, history, vectors[:3], np.arange(3), np.arange(3), last, history.next_times_T[last])
         expected = first.user.scores(*asked)
         torch.testing.assert_close(loaded.scores(*asked), expected)
         torch.testing.assert_close(second.user.eval().scores(*asked), expected)

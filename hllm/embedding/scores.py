@@ -79,6 +79,7 @@ def scores_of_candidates(
     with torch.inference_mode():
         for found, after_Q, inputs_TD, history in batches:
             rows = asking[found]
+            asked_Q = np.asarray(asked_R[rows], np.int64)
             question_P = np.repeat(np.arange(len(rows)), counts_R[rows])
             places = ragged(firsts_R[rows], counts_R[rows])
             for begin in range(0, len(places), CANDIDATES_AT_ONCE):
@@ -86,7 +87,7 @@ def scores_of_candidates(
                 items = np.asarray(candidates_P[places[part]], np.int64)
                 candidates_PD = torch.from_numpy(np.asarray(item_vectors_ID[items], np.float32))
                 logits_P = model.scores(
-                    inputs_TD, history, candidates_PD, items, question_P[part], after_Q, asked_R[rows]
+                    inputs_TD, history, candidates_PD, items, question_P[part], after_Q, asked_Q
                 )
                 scores_P[places[part]] = logits_P.sigmoid().numpy()
     return scores_P

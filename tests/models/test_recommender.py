@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hllm.models.backbone import build_decoder
+from hllm.models.features import EventFeatures
 from hllm.models.history import History
 from hllm.models.items import IdItems
 from hllm.models.packing import Packing
 from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
-from hllm.models.users import SASRecUser
+from hllm.models.users import DecoderUser, SASRecUser
+from hllm.settings import Decoder
 
 
 def vectors(*shape: int, seed: int) -> torch.Tensor:
@@ -102,3 +105,23 @@ def test_every_distinct_item_is_encoded_once():
     )
     model.loss(batch).backward()
     assert [sorted(items) for items in encoded] == [[1, 2, 3, 7]]
+
+
+def test_what_the_user_llm_is_told_of_an_event_reaches_no_target():
+    """HLLM: IDs and times are summed into the User LLM's input, targets stay pure item vectors."""
+    torch.manual_seed(0)
+    features = EventFeatures(16, "day", 4, items=9)
+    user = DecoderUser(build_decoder(Decoder(width=16), 64), 8, features).eval()
+    model = Recommender(IdItems(9, 8), user, 0.07)
+    times = 1_500_000_000 + 86_400 * np.arange(6)
+    history = History(Packing(np.array([2, 3])), np.array([1, 1, 2, 1, 2]), times[:-1], times[1:])
+    targets, negatives = np.array([3, 4, 5, 6, 3]), np.array([7, 8])
+    batch = Batch(history, targets, negatives, np.zeros((2, 2), bool), targets, negatives)
+
+    def loss_with(known: list[int]) -> float:
+        with torch.no_grad():
+            features.ids.zero_()[known] = torch.randn(16, generator=torch.manual_seed(1))
+            return float(model.loss(batch))
+
+    assert loss_with([3, 4, 5, 6, 7, 8]) == loss_with([])
+    assert loss_with([1]) != loss_with([])

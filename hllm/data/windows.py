@@ -9,7 +9,8 @@ Positions = npt.NDArray[np.int64]
 
 
 def cut_windows(starts: Positions, ends: Positions, length: int) -> tuple[Positions, Positions]:
-    """Windows [start, end) of each user's events [starts[u], ends[u]): user by user, oldest window first.
+    """Windows (HLLM, tables 11 and 13: their length) [start, end) of each user's events [starts[u], ends[u]):
+    user by user, oldest window first.
 
     A window holds at most `length` + 1 events: `length` inputs, and each of them predicts the next event.
     Neighbours overlap by one event, so the last target of a window is the first input of the next one and no

@@ -126,8 +126,8 @@ def tokenizer_for(backbone: str) -> ByteTokenizer | PretrainedTokenizer:
 
 
 def build_decoder(settings: Decoder, vocabulary: int) -> Any:
-    """A decoder stack (for items also an encoder) with its word embeddings, pretrained if the settings say
-    so, cut to its first layers.
+    """A decoder stack (for items also an encoder: HLLM, table 5) with its word embeddings, pretrained if the
+    settings say so (table 2), cut to its first layers.
 
     Returns a `transformers` model whose attention understands packed sequences (`hllm.models.packing`).
     """

@@ -168,8 +168,8 @@ class IdItems(nn.Module):
 
 
 class CachedItems(nn.Module):
-    """Vectors that a frozen item side made before (stage 2): nothing here is trained, the Item LLM is not
-    even loaded."""
+    """Vectors that a frozen item side made before (stage 2; HLLM, table 8): nothing here is trained, the Item
+    LLM is not even loaded."""
 
     def __init__(self, vectors_ID: npt.NDArray[np.float32]) -> None:
         super().__init__()

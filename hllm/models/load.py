@@ -84,7 +84,8 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
 
 
 def next_stage(settings: Settings, before: Path, vectors_ID: npt.NDArray[np.float32]) -> Recommender:
-    """Stage 2: the user model as stage 1 left it, over cached item vectors; the Item LLM is not loaded."""
+    """Stage 2 (HLLM, item caching, table 8): the user model as stage 1 left it, over cached item vectors; the
+    Item LLM is not loaded."""
     torch.manual_seed(settings.run.seed)
     user, log_scale = _load_user(before)
     chosen = settings.model

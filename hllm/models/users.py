@@ -181,8 +181,8 @@ def drop_out(decoder: Any, share: float) -> None:
 
 
 class SASRecUser(nn.Module):
-    """Self-attention over item vectors (SASRec, Kang & McAuley 2018), pre-norm, positions counted back from
-    the latest event."""
+    """Self-attention over item vectors (SASRec, Kang & McAuley 2018; HLLM, tables 4 to 6), pre-norm,
+    positions counted back from the latest event."""
 
     def __init__(self, width: int, layers: int, heads: int, dropout: float, max_history: int) -> None:
         super().__init__()

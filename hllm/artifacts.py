@@ -58,6 +58,8 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     schema: dict[str, dict[str, str]] = field(default_factory=dict)
     """File -> column -> type, of every Parquet file; of an array, its type and shape."""
+    usage: dict[str, float] = field(default_factory=dict)
+    """What making it took: `cpu_seconds`, `gpu_seconds`, `peak_memory_mb`; of the try that finished it."""
 
     @property
     def content(self) -> bytes:

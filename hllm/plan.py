@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from tabulate import tabulate
 
+from hllm import costs
 from hllm.artifacts import Store
 from hllm.errors import HLLMError
 from hllm.objects import read_object
@@ -19,15 +20,22 @@ def plan(settings: Settings) -> None:
     """Print it. MLflow is asked only about a pipeline that was registered; a line says if it is away."""
     store, all_keys = Store(settings.run.root), keys(settings)
     pipeline = pipeline_key(all_keys)
-    rows = []
+    rows, expected, unknown = [], [], []
     for step in steps(settings).values():
         manifest = store.manifest(step.name, all_keys[step.name])
         state = f"done {manifest.created_at}" if manifest else "to do"
+        took = f"{manifest.seconds:.0f} s" if manifest else ""
+        if manifest is None:
+            if guess := costs.estimate(settings, store, step.name):
+                expected.append(guess)
+                took = f"about {guess[0]:.0f} s"
+            else:
+                unknown.append(step.name)
         rows.append(
             (
                 step.name,
                 state,
-                f"{manifest.seconds:.0f} s" if manifest else "",
+                took,
                 all_keys[step.name],
                 f"hllm {' '.join(step.argv)}",
             )
@@ -42,8 +50,22 @@ def plan(settings: Settings) -> None:
         rows.append((command, states.get(command, f"after {before}"), "", "", f"hllm {command}"))
     typer.echo(f"pipeline {pipeline} of {settings.run.name}, outputs in {settings.run.root}")
     typer.echo(tabulate(rows, headers=("step", "state", "took", "key", "command")))
+    if expected:
+        typer.echo(_expectation(settings, expected, unknown))
     if problem:
         typer.echo(f"unknown: {problem}")
+
+
+def _expectation(settings: Settings, expected: list[tuple[float, float]], unknown: list[str]) -> str:
+    """What the steps that are to do may cost, as far as earlier runs tell."""
+    seconds, gpu_seconds = (sum(parts) for parts in zip(*expected, strict=True))
+    said = f"to do: about {seconds:.0f} s"
+    if gpu_seconds:
+        said += f", {gpu_seconds / 3600:.2f} GPU hours"
+    if cost := costs.price(settings.report, seconds, gpu_seconds):
+        said += f", {cost:.4f} {settings.report.currency}"
+    said += ", by the newest earlier run of each step"
+    return said + (f"; never run here: {', '.join(unknown)}" if unknown else "")
 
 
 def _was_registered(store: Store, pipeline: str) -> bool:

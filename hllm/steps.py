@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from hllm.artifacts import (
     file_schemas,
     write_atomically,
 )
+from hllm.costs import Meter
 from hllm.errors import ConfigError, DataError, Terminated
 from hllm.settings import Settings
 
@@ -354,7 +354,7 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
             store.forget(name, key)
         output.mkdir(parents=True, exist_ok=True)
         context = Context(settings, step, key, inputs, output, store)
-        started = time.monotonic()
+        meter = Meter()
         from hllm.registry.tracking import child_run
 
         with child_run(settings, pipeline_key(all_keys), step.name, settings_of(step, settings)) as tracker:
@@ -369,12 +369,13 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
                 settings_digest=digest_of(settings_of(step, settings)),
                 code_version=hllm.__version__,
                 created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                seconds=round(time.monotonic() - started, 3),
+                seconds=meter.seconds,
                 digest=digest_of(files),
                 rows=context.rows,
                 facts=context.facts,
                 files=files,
                 schema=file_schemas(output, files),
+                usage=meter.usage(),
             )
             tracker.finish(manifest)
         store.finish(manifest, context.carried)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +78,7 @@ def embed_items(context: Context) -> None:
             if stopping.is_set() and end < prepared.items:
                 raise Terminated
     context.rows = {"items": prepared.items}
-    context.facts = {
-        "width": width,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
+    context.facts = {"width": width}
 
 
 def batches_by_tokens(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import hllm
+from hllm import costs
 from hllm.artifacts import Manifest, Store, digest_of, write_atomically
 from hllm.errors import GateError
 from hllm.objects import upload
@@ -179,6 +180,7 @@ def _tags(
     settings: Settings, store: Store, finished: Finished, verdict: Verdict, parent: str
 ) -> dict[str, str]:
     export = finished.manifests[finished.export]
+    whole = costs.total(settings.report, finished.manifests.values())
     return {
         "gate": "passed" if verdict.passed else "failed",
         "gate_reasons": "; ".join(verdict.reasons)[:4000],
@@ -192,6 +194,8 @@ def _tags(
         "settings_digest": digest_of(settings.model_dump(mode="json")),
         "git_commit": git_commit(),
         "report": f"runs:/{parent}/report.html",
+        "cost": f"{whole.pop('cost'):.4f} {settings.report.currency}",
+        **{name: f"{value:.0f}" for name, value in whole.items()},
     }
 
 
@@ -273,8 +277,11 @@ def _complete_parent(
     for step in steps(settings).values():
         decided |= tracking.flatten(settings_of(step, settings))
     tracking.log_params(client, parent, decided)
-    seconds = {f"seconds/{name}": manifest.seconds for name, manifest in finished.manifests.items()}
-    tracking.log_metrics_now(client, parent, tracking.headline_metrics(metrics) | seconds)
+    taken = costs.total(settings.report, finished.manifests.values())
+    for name, manifest in finished.manifests.items():
+        taken |= {f"{what}/{name}": value for what, value in manifest.usage.items()}
+        taken[f"seconds/{name}"] = manifest.seconds
+    tracking.log_metrics_now(client, parent, tracking.headline_metrics(metrics) | taken)
     outputs = {f"hllm.output.{name}": key for name, key in finished.keys.items()}
     tracking.log_tags(client, parent, outputs | {"hllm.gate": "passed" if verdict.passed else "failed"})
     tracking.log_dataset(client, parent, finished.manifests["prepare"], settings)

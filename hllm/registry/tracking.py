@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hllm.artifacts import Manifest, Store
+from hllm.costs import Meter
 from hllm.errors import ConfigError, Terminated
 from hllm.registry import server
 from hllm.settings import Settings
@@ -162,6 +163,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._send_regularly, name="mlflow-metrics", daemon=True)
         self._system: Any = None
         self._warned = False
+        self._meter = Meter()
 
     def start(self) -> None:
         self._thread.start()
@@ -214,6 +216,7 @@ class Tracker:
 
     def _close(self, status: str, reason: str) -> None:
         self._end_system_metrics()
+        self.log_metrics(self._meter.usage())  # of a try that failed too: it has been paid for
         self._send()
         if reason:
             self.client.set_tag(self.run_id, "hllm.error", reason[:1000])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -88,7 +87,6 @@ def train(context: Context) -> None:
         "best_step": trained.best_step,
         "train_seconds": round(trained.seconds, 1),
         "steps_per_second": round(trained.steps / max(trained.seconds, 1e-9), 3),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         **trained.facts,
     }
 

@@ -109,8 +109,7 @@ def pieces(tmp_path, validation_json):
     rows = [{"at": step, "loss": 7 - step / 100, "lr": 1e-3} for step in range(200)]
     rows[100]["valid_ndcg@10"] = 0.05
     (folders["train-hllm-2"] / "curves.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"at": 2')
-    facts = {"parameters": 7_400_000, "steps": 200, "peak_memory_mb": 910.5}
-    facts |= {"first_loss": 7.0, "last_loss": 5.0}
+    facts = {"parameters": 7_400_000, "steps": 200, "first_loss": 7.0, "last_loss": 5.0}
     manifests = {
         "prepare": manifest("prepare", 12.0, {"items": 40}, {}),
         "train-hllm-2": manifest("train-hllm-2", 3600.0, {}, facts),

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from hllm import costs
 from hllm.artifacts import Manifest
 from hllm.evaluation.names import metric_name, model_name
 from hllm.evaluation.report.charts import lines, short_count
@@ -58,36 +59,41 @@ def _chart(title: str, y_axis: str, points: list[tuple[float, float]], noisy: bo
 
 
 def cost_table(settings: Settings, manifests: Mapping[str, Manifest]) -> dict[str, Any] | None:
-    """Seconds and money per step, in the order in which they ran."""
+    """Time, processors, GPUs, memory and money per step, in the order in which they ran."""
     if not manifests:
         return None
-    total = sum(manifest.seconds for manifest in manifests.values())
-    price = settings.report.price_per_hour
+    report, whole = settings.report, costs.total(settings.report, manifests.values())
     rows = [
         {
             "step": step,
             "time": duration(manifest.seconds),
-            "share": manifest.seconds / total if total else 0.0,
-            "cost": _money(manifest.seconds, price),
-            "memory": f"{manifest.facts['peak_memory_mb']:,.0f}"
-            if "peak_memory_mb" in manifest.facts
-            else "",
+            "share": manifest.seconds / whole["seconds"] if whole["seconds"] else 0.0,
+            "cpu": _number(manifest.usage.get(costs.CPU)),
+            "gpu": _number(manifest.usage.get(costs.GPU)),
+            "cost": f"{costs.price(report, manifest.seconds, manifest.usage.get(costs.GPU, 0.0)):.4f}",
+            "memory": _number(manifest.usage.get(costs.MEMORY)),
             "what": _facts(manifest),
         }
         for step, manifest in manifests.items()
     ]
+    prices = [f"{report.price_per_hour:g} {report.currency} per machine hour (report.price_per_hour)"]
+    if report.price_per_gpu_hour:
+        prices.append(f"{report.price_per_gpu_hour:g} per GPU hour (report.price_per_gpu_hour)")
+    priced = bool(report.price_per_hour or report.price_per_gpu_hour)
     return {
         "rows": rows,
-        "time": duration(total),
-        "cost": _money(total, price),
-        "price": f"{price:g}",
-        "currency": settings.report.currency,
+        "time": duration(whole["seconds"]),
+        "cost": f"{whole['cost']:.4f}" if priced else "",
+        "prices": " and ".join(prices),
+        "currency": report.currency,
+        "cpu": any(row["cpu"] for row in rows),
+        "gpu": whole[costs.GPU] > 0,
         "memory": any(row["memory"] for row in rows),
     }
 
 
-def _money(seconds: float, price: float) -> str:
-    return f"{seconds / 3600 * price:.4f}" if price else ""
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _facts(manifest: Manifest) -> str:

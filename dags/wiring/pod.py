@@ -29,6 +29,8 @@ from wiring.runner import Ended, Environment, failure
 SECRETS = ("hllm-s3", "hllm-feast")
 """Credentials reach the command as environment, by reference: the pod's spec holds none."""
 
+KUEUE, KUEUE_VERSIONS = "kueue.x-k8s.io", ("v1beta2", "v1beta1")
+
 REFUSED_FOR_GOOD = {400, 404, 405, 422}
 """Answers of the Kubernetes API that asking again does not change. 403 is not one: full quotas say so too."""
 
@@ -79,6 +81,7 @@ class PodStep(KubernetesPodOperator):
         self.command = list(command)
         self.environment = environment
         self.on_result = on_result
+        self.local_queue = asked.queue
 
     def execute(self, context: Context) -> None:
         if self.pod_template_file and not Path(self.pod_template_file).is_file():
@@ -88,9 +91,40 @@ class PodStep(KubernetesPodOperator):
         self.env_vars = variables(environment)
         self.log.info("hllm %s with %s", " ".join(self.command), ", ".join(sorted(environment)))
         try:
+            if self.local_queue:
+                self._refuse_unknown_queue()
             super().execute(context)
         except (ApiException, HTTPError) as error:
-            raise refused(self.command, error) from None
+            self._leave(context, problem := refused(self.command, error))
+            raise problem from None
+
+    def _refuse_unknown_queue(self) -> None:
+        """A pod in a queue that does not exist would wait as if the queue were full."""
+        known: list[str] | None = None
+        for version in KUEUE_VERSIONS:
+            try:
+                found = self.hook.custom_object_client.list_namespaced_custom_object(
+                    KUEUE, version, self.namespace, "localqueues"
+                )
+            except ApiException as error:
+                if error.status == 403:
+                    self.log.warning("%s", refused(self.command, error))
+                    return
+                if error.status != 404:
+                    raise
+            else:
+                known = [queue["metadata"]["name"] for queue in found["items"]]
+                break
+        if self.local_queue not in (known or ()):
+            there = "the cluster has no Kueue" if known is None else f"there are {', '.join(known) or 'none'}"
+            raise AirflowFailException(
+                f"hllm {' '.join(self.command)}: no LocalQueue {self.local_queue} in namespace "
+                f"{self.namespace} (runner.pod.queue, or queue in [runner.steps.{self.task_id}]): {there}"
+            )
+
+    def _leave(self, context: Context, problem: Exception) -> None:
+        """For people and for whoever follows the run; no task reads it."""
+        context["ti"].xcom_push("ended", {"exit_code": InfraError.exit_code, "line": str(problem)})
 
     def invoke_defer_method(self, last_log_time: Any = None, context: Context | None = None) -> None:
         # A trigger, unlike the operator, does not see by itself that it runs inside the cluster.
@@ -110,7 +144,7 @@ class PodStep(KubernetesPodOperator):
         ended = ended_of(self.pod, self.task_id)
         if ended is None:
             without = self._without_an_end(event)
-            context["ti"].xcom_push("ended", {"exit_code": InfraError.exit_code, "line": str(without)})
+            self._leave(context, without)
             raise without
         # For people and for whoever follows the run; no task reads it.
         context["ti"].xcom_push("ended", {"exit_code": ended.exit_code, "line": ended.line})

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -157,16 +157,24 @@ def processes(logs: Path) -> Iterator[Processes]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def start_airflow(group: Processes, settings: Settings, config: str, home: Path, wish: int = 8080) -> Airflow:
+def start_airflow(
+    group: Processes,
+    settings: Settings,
+    config: str,
+    home: Path,
+    wish: int = 8080,
+    own: Mapping[str, str] | None = None,
+) -> Airflow:
     """Airflow as it is in production, small: web server, scheduler with its workers, DAG processor.
 
-    No triggerer: approvals wait without one since Airflow 3.3, and nothing here defers.
+    A triggerer only where steps are pods: approvals wait without one since Airflow 3.3, and nothing else
+    defers. `own`: what its environment has besides.
     """
     home.mkdir(parents=True, exist_ok=True)
     port = free_port(wish)
     url = f"http://{HOST}:{port}"
     _write_passwords(home / "passwords.json", settings)
-    environment = airflow_environment(settings, config, home, url)
+    environment = {**airflow_environment(settings, config, home, url), **(own or {})}
     _migrate(home, environment)
     airflow = [sys.executable, "-m", "airflow"]
     group.start(
@@ -175,6 +183,8 @@ def start_airflow(group: Processes, settings: Settings, config: str, home: Path,
     group.start("airflow-dag-processor", [*airflow, "dag-processor"], environment)
     # Its workers' log server would listen on every interface; the web server reads the log files itself.
     group.start("airflow-scheduler", [*airflow, "scheduler", "--skip-serve-logs"], environment)
+    if settings.runner.kind == "kubernetes":
+        group.start("airflow-triggerer", [*airflow, "triggerer", "--skip-serve-logs"], environment)
     group.wait_for("Airflow", lambda: _healthy(url))
     running = Airflow(url, str(home), *_identity(os.getpid()))
     write_atomically(home / "running.json", json.dumps(asdict(running)).encode())

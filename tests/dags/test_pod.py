@@ -73,7 +73,11 @@ def cluster(step: PodStep, pod: k8s.V1Pod | None = None) -> MagicMock:
     )
     gone = ApiException(404, "Not Found")
     get_pod = MagicMock(return_value=pod) if pod else MagicMock(side_effect=gone)
-    step.__dict__["hook"] = SimpleNamespace(is_in_cluster=True, core_v1_client=api, get_pod=get_pod)
+    queues = MagicMock()
+    queues.list_namespaced_custom_object.return_value = {"items": [{"metadata": {"name": "hllm"}}]}
+    step.__dict__["hook"] = SimpleNamespace(
+        is_in_cluster=True, core_v1_client=api, get_pod=get_pod, custom_object_client=queues
+    )
     return api
 
 
@@ -323,6 +327,26 @@ def test_a_kubernetes_that_does_not_answer_is_tried_again(dags: dict[str, Any]) 
     cluster(step).list_namespaced_pod.side_effect = MaxRetryError(None, "/api", None)  # type: ignore[arg-type]
     step.find_pod = step.find_pod.__wrapped__.__get__(step)  # without the provider's own waiting
     with pytest.raises(AirflowException, match="hllm ingest: Kubernetes does not answer"):
+        step.execute(context_of(step))
+
+
+def test_a_queue_that_does_not_exist_fails_at_once(dags: dict[str, Any]) -> None:
+    step = dags["hllm_train"].task_dict["ingest"]
+    api = cluster(step)
+    step.local_queue = "hlm"
+    with pytest.raises(AirflowFailException, match=r"no LocalQueue hlm in namespace hllm .*: there are hllm"):
+        step.execute(context_of(step))
+    step.hook.custom_object_client.list_namespaced_custom_object.side_effect = ApiException(404, "Not Found")
+    with pytest.raises(AirflowFailException, match="the cluster has no Kueue"):
+        step.execute(context_of(step))
+    api.create_namespaced_pod.assert_not_called()
+
+
+def test_who_may_not_look_at_queues_goes_on(dags: dict[str, Any]) -> None:
+    step = dags["hllm_train"].task_dict["ingest"]
+    cluster(step)
+    step.hook.custom_object_client.list_namespaced_custom_object.side_effect = ApiException(403, "Forbidden")
+    with pytest.raises(TaskDeferred):
         step.execute(context_of(step))
 
 

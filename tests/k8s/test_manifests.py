@@ -62,7 +62,8 @@ def test_airflow_may_do_what_the_pod_operator_needs_and_nothing_else(name: str):
         for verb in rule["verbs"]
     }
     pods = {("", "pods", verb) for verb in ("create", "delete", "get", "list", "patch")}
-    assert granted == {*pods, ("", "pods/log", "get"), ("", "events", "list"), ("", "events", "watch")}
+    events = {("", "events", "list"), ("", "events", "watch")}
+    assert granted == {*pods, *events, ("", "pods/log", "get"), ("kueue.x-k8s.io", "localqueues", "list")}
     (binding,) = of_kind("RoleBinding", manifests).values()
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "hllm-airflow", "namespace": "hllm"}]

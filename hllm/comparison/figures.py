@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from hllm.comparison.file import LOSS, POPULAR, Comparison, Metric
-from hllm.comparison.loss import held_out_loss
+from hllm.comparison.file import JUDGED, LOSS, POPULAR, Comparison, Metric
+from hllm.comparison.loss import scale_of, softmax_loss
 from hllm.comparison.work import Pipeline
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
+from hllm.evaluation.auc import METRICS, aucs
+from hllm.evaluation.evaluate import held_out_vectors, labelled_scores
+from hllm.evaluation.labelled import labelled_rows, simple_scores
 from hllm.evaluation.measure import PART
 from hllm.evaluation.metrics import Interval, gains, metric_names, resampled_means
 from hllm.evaluation.ranking import HeldOut
@@ -28,6 +31,15 @@ from hllm.evaluation.segments import segments
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The held-out events with a label, and how every model and seed scores them (L events)."""
+
+    labels_L: Ints
+    users_L: Ints
+    scores_L: Mapping[tuple[str, int], Floats]
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,9 @@ class Ranked:
     """Segment -> which events belong to it."""
     ranks_R: Mapping[tuple[str, int], Ints]
     """(model, seed) -> ranks."""
-    losses_R: Mapping[tuple[str, int], Floats]
+    losses_R: Mapping[tuple[str, int], Floats] = field(default_factory=dict)
     """(model, seed) -> held-out losses, where they are asked for."""
+    judged: Judged | None = None
 
     def gains(self, name: str, seed: int, metrics: Sequence[Metric]) -> Floats:
         """(R, M) what each event adds to each metric; NaN where the model has none."""
@@ -65,17 +78,20 @@ class Figures:
 
 
 def ranked(comparison: Comparison, found: Sequence[Pipeline]) -> Ranked:
-    """Read the ranks of all models; work the held-out losses out where a metric asks for them.
+    """Read the ranks of all models; work out losses and scores of labelled events where a metric asks for
+    them.
 
     Raises:
         DataError: two models were not asked about the same events.
     """
-    first = found[0]
+    first, wanted = found[0], {metric.name for metric in comparison.metrics}
     prepared = Prepared.open(first.folder("prepare"))
     held_out = HeldOut.of(prepared, PART)
     events = np.stack([held_out.users_R, held_out.positions_R], axis=1)
     ranks: dict[tuple[str, int], Ints] = {}
     losses: dict[tuple[str, int], Floats] = {}
+    scores: dict[tuple[str, int], Floats] = {}
+    rows = labelled_rows(prepared, held_out)
     for pipeline in found:
         name, label = (pipeline.entry.name, pipeline.seed), pipeline.entry.label
         own_events, ranks[name] = read_ranks(pipeline, label)
@@ -86,11 +102,25 @@ def ranked(comparison: Comparison, found: Sequence[Pipeline]) -> Ranked:
                 remedy="The models of a comparison share the data, the split and prepare.k_core.",
             )
         ranks[POPULAR, pipeline.seed] = read_ranks(pipeline, "popular")[1]
-        if any(metric.name == LOSS for metric in comparison.metrics):
-            items = pipeline.folder(f"embed-{label.partition('-')[0]}-1")
-            train, embed = pipeline.folder(f"train-{label}"), pipeline.settings.embed
-            losses[name] = held_out_loss(train, items, prepared, held_out, embed)
-    return Ranked(events[:, 0], segments(prepared, held_out, first.settings.evaluation), ranks, losses)
+        if wanted.isdisjoint({LOSS, *JUDGED}):
+            continue
+        context = pipeline.context
+        users_RD, items_ID = held_out_vectors(context, label, prepared, held_out)
+        if LOSS in wanted:
+            scale = scale_of(pipeline.folder(f"train-{label}"))
+            losses[name] = softmax_loss(users_RD, items_ID, scale, held_out)
+        if not wanted.isdisjoint(JUDGED):
+            judged = held_out.take(rows)
+            scores[name] = labelled_scores(context, label, prepared, judged, users_RD[rows], items_ID)
+            scores[POPULAR, pipeline.seed] = simple_scores(prepared, judged)["popular"]
+    labels_L = np.asarray(prepared.event_labels)[held_out.positions_R[rows]].astype(np.int64)
+    return Ranked(
+        held_out.users_R,
+        segments(prepared, held_out, first.settings.evaluation),
+        ranks,
+        losses,
+        Judged(labels_L, held_out.users_R[rows], scores) if scores else None,
+    )
 
 
 def read_ranks(pipeline: Pipeline, label: str) -> tuple[Ints, Ints]:
@@ -119,30 +149,42 @@ def figures(
     drawn: dict[str, dict[str, Floats]] = defaultdict(dict)
     events: dict[str, int] = {}
     shares_ESB = _seed_draws(len(names), len(seeds), samples, seed)
-    for segment in dict.fromkeys(metric.segment for metric in metrics):
-        inside_R = found.parts.get(segment, np.ones(len(found.users_R), bool)) if segment else slice(None)
-        wanted = [metric for metric in metrics if metric.segment == segment]
-        users_R = found.users_R[inside_R]
-        events |= {str(metric): len(users_R) for metric in wanted}
-        if not len(users_R):
-            continue
-        gains_RC = np.concatenate(
-            [
-                found.gains(name, one, wanted)[inside_R]
-                for name in names
-                for one in seeds
-            ],
-            axis=1,
-        )
-        shape = (len(names), len(seeds), len(wanted))
-        means_BESM = resampled_means(gains_RC, users_R, samples, seed).reshape(samples, *shape)
-        means_ESM = gains_RC.mean(axis=0).reshape(shape)
+
+    def keep(wanted: Sequence[Metric], means_ESM: Floats, means_BESM: Floats) -> None:
         for e, name in enumerate(names):
             means_BM = np.einsum("bsm,sb->bm", means_BESM[:, e], shares_ESB[e])
             for m, metric in enumerate(wanted):
                 if not np.isnan(means_ESM[e, :, m]).any():
                     values[name][str(metric)] = float(means_ESM[e, :, m].mean())
                     drawn[name][str(metric)] = means_BM[:, m]
+
+    ranking = [metric for metric in metrics if metric.name not in JUDGED]
+    for segment in dict.fromkeys(metric.segment for metric in ranking):
+        inside_R = found.parts[segment] if segment else np.ones(len(found.users_R), bool)
+        wanted = [metric for metric in ranking if metric.segment == segment]
+        users_R = found.users_R[inside_R]
+        events |= {str(metric): len(users_R) for metric in wanted}
+        if len(users_R):
+            gains_RC = np.concatenate(
+                [found.gains(name, one, wanted)[inside_R] for name in names for one in seeds], axis=1
+            )
+            shape = (len(names), len(seeds), len(wanted))
+            means_BESM = resampled_means(gains_RC, users_R, samples, seed).reshape(samples, *shape)
+            keep(wanted, gains_RC.mean(axis=0).reshape(shape), means_BESM)
+    judging = [metric for metric in metrics if metric.name in JUDGED]
+    if judging and found.judged:
+        judged, columns = found.judged, [METRICS.index(metric.name) for metric in judging]
+        events |= {str(metric): len(judged.labels_L) for metric in judging}
+        of_each = [
+            [
+                aucs(judged.labels_L, judged.scores_L[name, one], judged.users_L, samples, seed)
+                for one in seeds
+            ]
+            for name in names
+        ]
+        means_ESM = np.array([[one.values_3[columns] for one in row] for row in of_each])
+        draws_ESBM = np.array([[one.draws_B3[:, columns] for one in row] for row in of_each])
+        keep(judging, means_ESM, draws_ESBM.transpose(2, 0, 1, 3))
     return Figures(
         found={
             name: {
@@ -191,5 +233,5 @@ def _against(  # type: ignore[no-untyped-def]
 
 def _interval(value: float, values_B: Floats, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values_B, [tail, 1 - tail])
+    low, high = np.nanquantile(values_B, [tail, 1 - tail])
     return {"value": value, "low": float(low), "high": float(high)}

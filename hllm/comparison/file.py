@@ -39,6 +39,8 @@ SEEDS = (17, 18, 19)
 METRICS = ("ndcg@10", "recall@10", "recall@50", "item:cold recall@50")
 POPULAR = "most-popular"
 LOSS = "loss"
+JUDGED = ("auc", "uauc", "wuauc")
+"""Metrics of held-out events with a label; models that rank only are judged by the score they rank with."""
 
 
 @dataclass(frozen=True)
@@ -207,15 +209,17 @@ def _check(path: Path, comparison: Comparison) -> None:
         unknown = [
             str(metric)
             for metric in comparison.metrics
-            if metric.name not in {*cutoffs, LOSS} or (metric.segment and metric.segment not in segments)
+            if metric.name not in {*cutoffs, LOSS, *JUDGED}
+            or (metric.segment and (metric.segment not in segments or metric.name in JUDGED))
         ]
         if unknown:
             raise ConfigError(
                 f"{entry.name} is not evaluated by these metrics",
                 where=path,
                 examples=unknown,
-                remedy="Metrics are loss, and recall@K and ndcg@K for the K of evaluation.cutoffs; a segment "
-                "(item:cold, item:long_tail, user:other, ...) may stand before one, with a space between.",
+                remedy="Metrics are auc, uauc, wuauc, loss, and recall@K and ndcg@K for the K of "
+                "evaluation.cutoffs. Before the last three a segment (item:cold, item:long_tail, user:other, "
+                "...) and a space may stand.",
             )
         if comparison.axis and not isinstance(_at(settings, comparison.axis, path), (int, float)):
             raise ConfigError(f"axis = {comparison.axis} is not a number", where=path)

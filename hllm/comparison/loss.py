@@ -12,36 +12,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hllm.data.prepared import Prepared
 from hllm.evaluation.ranking import HeldOut
-from hllm.settings import Embed
 
 BLOCK = 512
 
 
-def held_out_loss(
-    train: Path, items: Path, prepared: Prepared, held_out: HeldOut, settings: Embed
-) -> npt.NDArray[np.float64]:
-    """(R,) for the model in the output of `train` and the item vectors in the output of `embed`."""
+def scale_of(train: Path) -> float:
+    """The inverse temperature that a model has learned."""
     from safetensors.torch import load_file
 
-    from hllm.embedding.items import ItemVectors
-    from hllm.embedding.users import held_out_user_vectors
-    from hllm.models.load import USER, load_user_model
+    from hllm.models.load import USER
 
-    items_ID = np.asarray(ItemVectors.open(items).matrix())
-    scale = float(load_file(train / USER)["log_scale"].clamp(0, np.log(100)).exp())
-    users_RD = held_out_user_vectors(
-        load_user_model(train),
-        items_ID,
-        prepared,
-        held_out.users_R,
-        held_out.positions_R,
-        held_out.asked_R,
-        settings.max_history,
-        settings.users_per_batch,
-    )
-    return softmax_loss(users_RD, items_ID, scale, held_out)
+    return float(load_file(train / USER)["log_scale"].clamp(0, np.log(100)).exp())
 
 
 def softmax_loss(

@@ -15,7 +15,7 @@ from hllm.artifacts import Manifest, Store
 from hllm.comparison.file import Comparison, Entry
 from hllm.errors import ConfigError, DataError, HLLMError, InfraError, Terminated
 from hllm.settings import Settings
-from hllm.steps import keys, steps
+from hllm.steps import Context, keys, steps
 
 NEEDED_LAST = "evaluate"
 
@@ -38,6 +38,13 @@ class Pipeline:
 
     def folder(self, step: str) -> Path:
         return self.store.fetch(step, self.keys[step])
+
+    @property
+    def context(self) -> Context:
+        """What the evaluation saw, to work out what it did not write."""
+        step = steps(self.settings)[NEEDED_LAST]
+        inputs = {need: self.folder(need) for need in step.needs}
+        return Context(self.settings, step, self.keys[step.name], inputs, self.folder(step.name), self.store)
 
     def finished(self, step: str) -> Manifest:
         manifest = self.manifest(step)

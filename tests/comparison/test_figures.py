@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hllm.comparison.figures import Ranked, figures
+from hllm.comparison.figures import Judged, Ranked, figures
 from hllm.comparison.file import Metric
 from hllm.comparison.loss import softmax_loss
 from hllm.comparison.scaling import fit
 from hllm.evaluation.ranking import HeldOut
 
 SEEDS = (1, 2)
-METRICS = [Metric.of("recall@10"), Metric.of("ndcg@10"), Metric.of("item:cold recall@10"), Metric.of("loss")]
+METRICS = [Metric.of(name) for name in ("recall@10", "ndcg@10", "item:cold recall@10", "loss", "auc", "uauc")]
 
 
 def ranked(users: int = 400) -> Ranked:
@@ -23,7 +23,11 @@ def ranked(users: int = 400) -> Ranked:
     ranks = {("good", seed): hit(2) for seed in SEEDS} | {("bad", seed): hit(4) for seed in SEEDS}
     ranks |= {("lucky", 1): np.ones(users, int), ("lucky", 2): np.full(users, 99)}
     losses = {(name, seed): np.full(users, 2.0 + seed) for name in ("good", "lucky") for seed in SEEDS}
-    return Ranked(place, {"item:cold": place < 4}, ranks, losses)
+    liked = place % 2
+    scores = {("good", seed): liked * 1.0 for seed in SEEDS} | {("bad", seed): liked * 0.0 for seed in SEEDS}
+    scores |= {("lucky", 1): liked * 1.0, ("lucky", 2): liked * -1.0}
+    judged = Judged(labels_L=liked, users_L=place // 4, scores_L=scores)
+    return Ranked(place, {"item:cold": place < 4}, ranks, losses, judged)
 
 
 def measured(samples: int = 500):
@@ -39,6 +43,17 @@ def test_a_figure_is_the_mean_over_events_and_seeds():
     assert measured().events["item:cold recall@10"] == 4
     assert found["good"]["loss"]["value"] == 3.5
     assert "loss" not in found["bad"]  # it has none
+
+
+def test_labelled_events_are_judged_with_the_same_seeds_and_users():
+    found = measured()
+    assert {name: figures["auc"]["value"] for name, figures in found.found.items()} == {
+        "good": 1.0, "lucky": 0.5, "bad": 0.5
+    }  # fmt: skip
+    assert found.found["good"]["uauc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert (found.found["lucky"]["uauc"]["low"], found.found["lucky"]["uauc"]["high"]) == (0.0, 1.0)
+    assert found.differences["good"]["auc"]["value"] == 0.5
+    assert found.events["auc"] == 400
 
 
 def test_an_interval_holds_the_luck_of_the_seeds():

@@ -10,14 +10,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from hllm import settings as settings_module
 from hllm.errors import ConfigError, HLLMError, Terminated
 from hllm.settings import Settings
-from hllm.steps import FAMILIES, embed_name, execute, terminate, train_name
+from hllm.steps import FAMILIES, embed_name, execute, limit_threads, terminate, train_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -244,6 +244,71 @@ def recommend(
 
         items = next(csv.reader([history], skipinitialspace=True)) if history is not None else None
         typer.echo(act(settings_module.load(config, set or ()), version, user, items, count))
+
+
+@app.command()
+def retire(
+    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
+    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Remove what older versions have published; the champion and two before it stay."""
+    with _command(debug):
+        from hllm.features.retire import retire as act
+
+        act(settings_module.load(config, set or ()), by=by, note=note)
+
+
+@app.command()
+def refresh(
+    what: Annotated[
+        Literal["users", "items"], typer.Argument(help="Users who were active, or texts that changed.")
+    ],
+    until: Annotated[
+        str, typer.Option("--until", envvar="HLLM_UNTIL", help="As of when (ISO 8601); now when left out.")
+    ] = "",
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Encode what changed with the serving model, into the views of its version."""
+    with _command(debug):
+        from hllm.features.refresh import refresh as act
+
+        settings = settings_module.load(config, set or ())
+        limit_threads(settings)
+        act(settings, what, until=until)
+
+
+@app.command()
+def backfill(
+    first: Annotated[str, typer.Option("--from", help="First day (UTC), like 2026-03-01.")],
+    last: Annotated[str, typer.Option("--to", help="Last day (UTC).")],
+    inside_training: Annotated[
+        bool, typer.Option("--inside-training", help="Also days that the model was trained on: marked.")
+    ] = False,
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Write the serving model's user vectors of past days to the offline store."""
+    with _command(debug):
+        from hllm.features.backfill import backfill as act
+
+        settings = settings_module.load(config, set or ())
+        limit_threads(settings)
+        act(settings, first, last, inside_training=inside_training)
+
+
+@app.command()
+def watch(config: Config = None, set: Set = None, debug: Debug = False) -> None:
+    """Look at the vectors that serve; fail with what to do when they are stale, missing or unsound."""
+    with _command(debug):
+        from hllm.features.watch import watch as act
+
+        act(settings_module.load(config, set or ()))
 
 
 @app.command()

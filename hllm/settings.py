@@ -366,9 +366,36 @@ class Feast(Section):
     """Folder (or s3://) of the published Parquet files; `host:port/database` for Postgres."""
     write_batch_rows: int = Field(5_000, ge=1)
     """Rows per write to the online store."""
+    publication_lag_minutes: float = Field(60.0, ge=0)
+    """How long after the end of a day its vectors count as readable in a back-fill: what your daily refresh
+    takes."""
     verify_sample: int = Field(5_000, ge=1)
     """Users and items whose online vectors are compared bit by bit before promotion: all up to so many,
     random ones of more. 5,000 take about five seconds."""
+
+
+class Watch(Section):
+    sample: int = Field(1_000, ge=10)
+    """Users and items that are read, each at random."""
+    active_days: float = Field(28.0, gt=0)
+    """Users with an event in so many days before the newest one count as active."""
+    max_user_hours: float = Field(36.0, gt=0)
+    """Hours since the user vectors were brought up to date."""
+    max_item_hours: float = Field(48.0, gt=0)
+    """Hours since the item vectors were."""
+    min_user_coverage: float = Field(0.99, ge=0, le=1)
+    """The least share of active users with a vector."""
+    min_item_coverage: float = Field(0.99, ge=0, le=1)
+    """The least share of the catalogue's items with a vector."""
+    max_null_rate: float = Field(0.0, ge=0, le=1)
+    """The largest share of published ids that read as null."""
+    max_norm_drift: float = Field(0.001, ge=0)
+    """How far from 1 the length of any vector may be."""
+    min_agreement: float = Field(0.3, ge=-1, le=1)
+    """The least correlation between this and the previous version of how alike items are to each other.
+    (The cosine of an item's two vectors is shown, but has no limit: two versions are two spaces.)"""
+    max_hours_unfinished: float = Field(6.0, gt=0)
+    """Hours after which work that was begun and not finished counts as left over."""
 
 
 class Release(Section):
@@ -460,6 +487,7 @@ class Settings(Section):
     report: Report = Report()
     mlflow: Mlflow = Mlflow()
     feast: Feast = Feast()
+    watch: Watch = Watch()
     release: Release = Release()
     runner: Runner = Runner()
 

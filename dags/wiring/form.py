@@ -40,16 +40,7 @@ def settings() -> Settings:
 
 def params(current: Settings) -> dict[str, Param]:
     """One field per offered setting. Empty means: as the settings file says."""
-    found = {
-        "config": Param(
-            config_path(),
-            type="string",
-            minLength=1,
-            title="Settings file",
-            description="Path of the TOML file, from the repository's folder or absolute. "
-            "It must have the steps drawn here.",
-        )
-    }
+    found = {"config": config_param()}
     for section, names in OFFERED.items():
         for dotted in names:
             field = _schema_of(dotted)
@@ -62,6 +53,18 @@ def params(current: Settings) -> dict[str, Param]:
                 **field,
             )
     return found
+
+
+def config_param() -> Param:
+    """The settings file, as a field of the form."""
+    return Param(
+        config_path(),
+        type="string",
+        minLength=1,
+        title="Settings file",
+        description="Path of the TOML file, from the repository's folder or absolute. "
+        "It must have the steps drawn here.",
+    )
 
 
 def environment(answers: Mapping[str, Any]) -> dict[str, str]:

@@ -297,6 +297,7 @@ def refuse_unknown_steps(named: Mapping[str, Pod]) -> None:
     """`[runner.steps.NAME]` of a task that no DAG has would silently change nothing."""
     known = [
         *("ingest", "validate", "prepare", "evaluate", "register", "publish", "verify", "promote", "reject"),
+        *("refresh-items", "refresh-users", "watch"),
         *(train_name(family, stage) for family, stages in FAMILIES.items() for stage in stages),
         *(embed_name(family, stage) for family in FAMILIES for stage in (1, 3)),
     ]

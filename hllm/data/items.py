@@ -82,6 +82,16 @@ def write_items(
     return {"tokens": sum(lengths), "longest_item_tokens": max(lengths), "truncated_items": truncated}
 
 
+def item_texts(source: Path, settings: Prepare) -> Iterator[pa.RecordBatch]:
+    """(item_id, text) of a catalogue's items, the texts exactly as `write_items` joins them."""
+    with pa.parquet.ParquetFile(source) as file:
+        fields = _chosen_fields(text_columns(file.schema_arrow.names), settings)
+        for batch in file.iter_batches(batch_size=4096):
+            texts = [join(item, settings) for item in _cleaned(batch, fields)]
+            columns = [batch.column("item_id"), pa.array(texts, pa.string())]
+            yield pa.record_batch(columns, ["item_id", "text"])
+
+
 def join(fields: Mapping[str, str], settings: Prepare) -> str:
     """The fields that hold something, each in the template, with the separator between them."""
     written = (

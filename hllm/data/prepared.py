@@ -59,6 +59,23 @@ class Prepared:
             **{name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS},
         )
 
+    @classmethod
+    def of_items(cls, folder: Path) -> Prepared:
+        """Items that are to be encoded, without any events: a folder that `write_items` filled."""
+        found = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if name.startswith("token_")
+            else np.zeros(0, kind)
+            for name, kind in ARRAYS.items()
+        }
+        return cls(folder, **found)
+
+    @property
+    def trained_until(self) -> int:
+        """The newest event that trained, seconds UTC."""
+        users = np.flatnonzero(self.train_ends > self.user_offsets[:-1])
+        return int(self.event_times[self.train_ends[users] - 1].max())
+
     @property
     def users(self) -> int:
         return len(self.user_offsets) - 1

@@ -11,26 +11,38 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.features.export import Batch, Entity, Export
+from hllm.features.export import Batch, Entity, Vectors
 from hllm.features.store import PASSWORD, postgres
-from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_relation
-from hllm.objects import download, is_s3, upload
+from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_relation, offline_source
+from hllm.objects import delete_objects, download, is_s3, list_objects, upload
 from hllm.settings import Settings
 
 BATCH_ROWS = 20_000
 
 
 def write_offline(
-    settings: Settings, export: Export, entity: Entity, *, version: int, at: datetime, scratch: Path
+    settings: Settings,
+    vectors: Vectors,
+    entity: Entity,
+    *,
+    version: int,
+    at: datetime,
+    scratch: Path,
+    part: str = "",
 ) -> None:
-    """Write every row with the moment from which ranking models can read it.
+    """Write every row with the moment from which ranking models can read it: the publication's table, or
+    beside it the named part of a refresh.
 
     Written from the beginning each time: it takes a small part of what the online store takes."""
-    tables = (offline_table(batch, version, at) for batch in export.batches(entity, BATCH_ROWS))
+    tables = (offline_table(batch, version, at) for batch in vectors.batches(entity, BATCH_ROWS))
     if settings.feast.offline == "postgres":
-        _write_postgres(settings, offline_relation(settings, entity, version), tables)
+        name = offline_relation(settings, entity, version)
+        if part:
+            _append_postgres(settings, name, tables, at)
+        else:
+            _write_postgres(settings, name, tables)
         return
-    target = offline_file(settings, entity, version)
+    target = offline_file(settings, entity, version, part)
     local = scratch / Path(target).name if is_s3(target) else Path(target)
     local.parent.mkdir(parents=True, exist_ok=True)
     partial = local.with_name(f".{local.name}.part")
@@ -65,13 +77,31 @@ def offline_table(batch: Batch, version: int, at: datetime) -> pa.Table:
     )
 
 
-def count_offline(settings: Settings, entity: Entity, version: int, scratch: Path) -> int:
-    """Rows of the offline table, 0 when there is none."""
+def count_offline(
+    settings: Settings, entity: Entity, version: int, at: datetime, scratch: Path, part: str = ""
+) -> int:
+    """Rows of the offline table, or of the named part of it, with this event time; 0 when there is none."""
     if settings.feast.offline == "postgres":
-        return _count_postgres(settings, offline_relation(settings, entity, version))
-    target = offline_file(settings, entity, version)
+        return _count_postgres(settings, offline_relation(settings, entity, version), at)
+    target = offline_file(settings, entity, version, part)
     path = download(target, scratch / Path(target).name) if is_s3(target) else Path(target)
     return parquet.ParquetFile(path).metadata.num_rows if path.exists() else 0
+
+
+def remove_offline(settings: Settings, entity: Entity, version: int) -> int:
+    """Delete everything behind a view; returns how many files or tables there were."""
+    if settings.feast.offline == "postgres":
+        return _drop_postgres(settings, offline_relation(settings, entity, version))
+    pattern = offline_source(settings, entity, version)
+    prefix = pattern.removesuffix("*parquet")
+    if is_s3(pattern):
+        found = [place for place in list_objects(prefix) if place.endswith("parquet")]
+        delete_objects(found)
+        return len(found)
+    paths = [path for path in Path(prefix).parent.glob(Path(prefix).name + "*parquet")]
+    for path in paths:
+        path.unlink()
+    return len(paths)
 
 
 def _connection(settings: Settings) -> Any:
@@ -102,12 +132,39 @@ def _write_postgres(settings: Settings, name: str, tables: Iterator[pa.Table]) -
         )
         cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table))
         cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(table, columns))
-        with cursor.copy(sql.SQL("COPY {} FROM STDIN").format(table)) as copy:
-            for part in _with(first, tables):
-                for row in zip(*(column.to_pylist() for column in part.columns), strict=True):
-                    copy.write_row(row)
+        _copy(cursor, table, _with(first, tables))
         keys = sql.SQL(", ").join([sql.Identifier(first.schema.names[0]), sql.Identifier(EVENT_TIME)])
         cursor.execute(sql.SQL("CREATE INDEX ON {} ({})").format(table, keys))
+
+
+def _append_postgres(settings: Settings, name: str, tables: Iterator[pa.Table], at: datetime) -> None:
+    """One transaction; rows that an earlier attempt wrote with this event time are replaced."""
+    from psycopg import sql
+
+    table = sql.Identifier(name)
+    with _connection(settings) as connection, connection.cursor() as cursor:
+        column = sql.Identifier(EVENT_TIME)
+        cursor.execute(sql.SQL("DELETE FROM {} WHERE {} = %s").format(table, column), (at,))
+        _copy(cursor, table, tables)
+
+
+def _drop_postgres(settings: Settings, name: str) -> int:
+    from psycopg import sql
+
+    with _connection(settings) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT to_regclass(%s)", (name,))
+        there = cursor.fetchone()[0] is not None
+        cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
+        return int(there)
+
+
+def _copy(cursor: Any, table: Any, tables: Iterator[pa.Table]) -> None:
+    from psycopg import sql
+
+    with cursor.copy(sql.SQL("COPY {} FROM STDIN").format(table)) as copy:
+        for part in tables:
+            for row in zip(*(column.to_pylist() for column in part.columns), strict=True):
+                copy.write_row(row)
 
 
 def _with(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -115,12 +172,13 @@ def _with(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
     yield from others
 
 
-def _count_postgres(settings: Settings, name: str) -> int:
+def _count_postgres(settings: Settings, name: str, at: datetime) -> int:
     from psycopg import sql
 
     with _connection(settings) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT to_regclass(%s)", (name,))
         if cursor.fetchone()[0] is None:
             return 0
-        cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name)))
+        where = sql.SQL("SELECT count(*) FROM {} WHERE {} = %s")
+        cursor.execute(where.format(sql.Identifier(name), sql.Identifier(EVENT_TIME)), (at,))
         return int(cursor.fetchone()[0])

@@ -38,6 +38,7 @@ from hllm.errors import ConfigError, DataError
 from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export
 from hllm.features.offline import write_offline
 from hllm.features.online import kept_until, publisher, require_room_for, write_online
+from hllm.features.refreshed import Refreshed, refreshed
 from hllm.features.store import open_store, registry_lock, service_errors, write_yaml
 from hllm.features.views import Views, service_name, view_name, views_of
 from hllm.settings import Settings
@@ -123,6 +124,30 @@ def _serves_elsewhere(settings: Settings, info: VersionInfo, recorded: bool, sam
     )
 
 
+def require_published_here(settings: Settings, info: VersionInfo, export: Export) -> None:
+    """These settings name the stores that a version was published to.
+
+    Raises:
+        ConfigError: they name others.
+        DataError: there is no record of its publication.
+    """
+    key = f"v{info.version}"
+    outputs = Store(settings.run.root)
+    done = outputs.manifest(STEP, key)
+    if done is None:
+        raise DataError(
+            f"has no record of its publication in {outputs.location(STEP, key)}",
+            where=f"{info.model} version {info.version}",
+            remedy="Is run.root the one it was published with?",
+        )
+    if done.settings_digest != identity(settings, export):
+        raise ConfigError(
+            "was published to other stores than those in [feast], or from another export",
+            where=f"{info.model} version {info.version}",
+            remedy=f"{outputs.folder(STEP, key) / 'feature_store.yaml'} says which stores they were.",
+        )
+
+
 def export_of(location: str) -> Export:
     """The export behind a version, fetched if it lives in S3."""
     root, step, key = location.rstrip("/").rsplit("/", 2)
@@ -173,12 +198,25 @@ class Publication:
             )
             self._write_online(views, entity, started_at, progress, start)
             written += self.export.rows(entity) - start
+        later = refreshed(self.settings, self.version)  # none, unless all of it is written again
+        self._write_online_again(views, later)
         online_seconds = time.monotonic() - online_began
         available_at = self._register_service(views)
         for entity in ENTITIES:
             write_offline(
                 self.settings, self.export, entity, version=self.version, at=available_at, scratch=self.folder
             )
+        for one in later:
+            for entity in one.entities:
+                write_offline(
+                    self.settings,
+                    one,
+                    entity,
+                    version=self.version,
+                    at=one.available_at,
+                    scratch=self.folder,
+                    part=one.part,
+                )
         write_yaml(self.settings, self.folder)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         return self._finish(
@@ -247,6 +285,22 @@ class Publication:
             start=start,
             written=written,
         )
+
+    def _write_online_again(self, views: Views, later: list[Refreshed]) -> None:
+        """What was refreshed since, over what was just written."""
+        for one in later:
+            for entity in one.entities if one.kind != "backfill" else ():
+                write_online(
+                    self.settings,
+                    self.store,
+                    views.of(entity),
+                    one,
+                    entity,
+                    version=self.version,
+                    at=datetime.fromisoformat(one.manifest.facts["started_at"]),
+                    start=0,
+                    written=lambda _: self.still_here(),
+                )
 
     def _register_service(self, views: Views) -> datetime:
         """Open the version for reading. The moment is fixed once; a resumed publication finds it there.

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +20,18 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from hllm.artifacts import Store
-from hllm.errors import ConfigError, DataError
-from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export, bad_vectors
+from hllm.errors import DataError
+from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export, Vectors, bad_vectors
 from hllm.features.offline import count_offline
 from hllm.features.online import missing_online
-from hllm.features.publish import STEP, export_of, identity, registered_service
+from hllm.features.publish import export_of, registered_service, require_published_here
+from hllm.features.refreshed import refreshed
 from hllm.features.store import open_store, service_errors
 from hllm.features.views import service_name
 from hllm.settings import Settings
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
-
-    from hllm.registry.versions import VersionInfo
 
 READ_ROWS = 500
 """Rows of one online request."""
@@ -59,7 +58,7 @@ def verify(settings: Settings, version: str | None = None) -> None:
             remedy=f"Run `hllm publish --version {info.version}` first.",
         )
     export = export_of(info.tags["export"])
-    _refuse_other_stores(settings, info, export)
+    require_published_here(settings, info, export)
     export.require_untouched()
     with (
         service_errors(settings),
@@ -78,24 +77,6 @@ def verify(settings: Settings, version: str | None = None) -> None:
         {"publication": "verified", "feast.feature_service": service_name(info.version)},
     )
     typer.echo(f"verify: version {info.version} is what was exported: " + "; ".join(checked))
-
-
-def _refuse_other_stores(settings: Settings, info: VersionInfo, export: Export) -> None:
-    key = f"v{info.version}"
-    outputs = Store(settings.run.root)
-    done = outputs.manifest(STEP, key)
-    if done is None:
-        raise DataError(
-            f"has no record of its publication in {outputs.location(STEP, key)}",
-            where=f"{info.model} version {info.version}",
-            remedy="Is run.root the one it was published with?",
-        )
-    if done.settings_digest != identity(settings, export):
-        raise ConfigError(
-            "was published to other stores than those in [feast], or from another export",
-            where=f"{info.model} version {info.version}",
-            remedy=f"{outputs.folder(STEP, key) / 'feature_store.yaml'} says which stores they were.",
-        )
 
 
 class Differs(DataError):
@@ -137,19 +118,23 @@ class Verification:
             )
         self.service: FeatureService = service
         self.available_at = datetime.fromisoformat(service.tags["available_at"])
+        self.later = refreshed(settings, version)
 
     def run(self) -> list[str]:
         """What was checked, one phrase each."""
         users, items = (self._sample(entity) for entity in ENTITIES)
+        pairs = self._compare_point_in_time(users, items)
+        users, items = (self._as_refreshed(sample) for sample in (users, items))
         for entity in ENTITIES:
             self._all_online(entity)
         self._compare_online(users, items)
         offline = [self._compare_counts(entity) for entity in ENTITIES]
-        pairs = self._compare_point_in_time(users, items)
+        refreshes = [f"{len(self.later)} refreshes and back-fills since"] if self.later else []
         return [
             f"{self._how_many(users)} and {self._how_many(items)} bit for bit online",
             f"{offline[0]:,} users and {offline[1]:,} items offline",
             f"{pairs} pairs at three moments",
+            *refreshes,
         ]
 
     def _sample(self, entity: Entity) -> Sample:
@@ -169,6 +154,22 @@ class Verification:
             for feature, column in values.items():
                 column += [batch.values[feature][row] for row in here]
         return Sample(entity, ids, np.concatenate(vectors), values)
+
+    def _as_refreshed(self, sample: Sample) -> Sample:
+        """The sample with what was refreshed of it since the publication: that is what is read online now."""
+        rows = {name: row for row, name in enumerate(sample.ids)}
+        vectors_ND = sample.vectors_ND.copy()
+        values = {feature: list(column) for feature, column in sample.values.items()}
+        for later in self.later:
+            if later.kind == "backfill" or sample.entity not in later.entities:
+                continue
+            for batch in later.batches(sample.entity, 50_000):
+                for at, name in enumerate(batch.ids):
+                    if name in rows:
+                        vectors_ND[rows[name]] = batch.vectors_ND[at]
+                        for feature, column in values.items():
+                            column[rows[name]] = batch.values[feature][at]
+        return Sample(sample.entity, sample.ids, vectors_ND, values)
 
     def _how_many(self, sample: Sample) -> str:
         read, rows = len(sample.ids), self.export.rows(sample.entity)
@@ -242,12 +243,20 @@ class Verification:
             )
 
     def _compare_counts(self, entity: Entity) -> int:
+        """Rows of the publication, and of everything that was written since."""
+        total = self._count_part(entity, self.export, self.available_at, "")
+        for later in self.later:
+            if entity in later.entities:
+                total += self._count_part(entity, later, later.available_at, later.part)
+        return total
+
+    def _count_part(self, entity: Entity, written: Vectors, at: datetime, part: str) -> int:
         with tempfile.TemporaryDirectory() as scratch:
-            found = count_offline(self.settings, entity, self.version, Path(scratch))
-        if found != self.export.rows(entity):
+            found = count_offline(self.settings, entity, self.version, at, Path(scratch), part)
+        if found != written.rows(entity):
             raise self._differs(
-                f"the offline table of {entity.name}s has {found:,} rows, "
-                f"the export {self.export.rows(entity):,}"
+                f"the offline table of {entity.name}s{f' ({part})' if part else ''} has {found:,} rows, "
+                f"the {'refresh' if part else 'export'} {written.rows(entity):,}"
             )
         return found
 
@@ -255,9 +264,12 @@ class Verification:
         """A training row from before the publication sees nothing, one from then on sees the vectors."""
         import pandas as pd
 
-        rows = list(range(min(POINT_IN_TIME_ROWS, len(users.ids), len(items.ids))))
+        rows = self._rows_before_refreshes(users, items)
+        if not rows:
+            return 0
+        first = min([self.available_at, *(one.available_at for one in self.later if one.kind == "backfill")])
         moments = [
-            self.available_at - timedelta(seconds=1),
+            first - timedelta(seconds=1),
             self.available_at,
             self.available_at + timedelta(days=1),
         ]
@@ -289,6 +301,19 @@ class Verification:
                 self._compare(users, rows, part, "offline")
                 self._compare(items, rows, part, "offline")
         return len(rows)
+
+    def _rows_before_refreshes(self, users: Sample, items: Sample) -> list[int]:
+        """Rows of both samples whose later vectors, if any, are not readable a day after the publication."""
+        day = self.available_at + timedelta(days=1)
+        soon = [one for one in self.later if one.kind != "backfill" and one.available_at <= day]
+        sampled, changed = {*users.ids, *items.ids}, set()
+        for one in soon:
+            for entity in one.entities:
+                for batch in one.batches(entity, 50_000):
+                    changed |= sampled.intersection(batch.ids)
+        rows = range(min(len(users.ids), len(items.ids)))
+        unchanged = (row for row in rows if users.ids[row] not in changed and items.ids[row] not in changed)
+        return list(islice(unchanged, POINT_IN_TIME_ROWS))
 
     def _none(self, entity: Entity, what: str, where: str, names: list[str], wrong: Iterable[Any]) -> None:
         bad = [name for name, is_wrong in zip(names, wrong, strict=False) if is_wrong]

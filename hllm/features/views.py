@@ -33,11 +33,18 @@ def view_name(entity: Entity, version: int) -> str:
     return f"hllm_{entity.name}_v{version}"
 
 
-def offline_file(settings: Settings, entity: Entity, version: int) -> str:
-    """The Parquet file (local or S3) behind a view. Projects may share the folder: each has its own names."""
+def offline_source(settings: Settings, entity: Entity, version: int) -> str:
+    """Every Parquet file behind a view, as a pattern: of its publication, and one more for each refresh."""
+    return offline_file(settings, entity, version).removesuffix("parquet") + "*parquet"
+
+
+def offline_file(settings: Settings, entity: Entity, version: int, part: str = "") -> str:
+    """One Parquet file (local or S3) behind a view: of its publication, or the named part of a refresh.
+    Projects may share the folder: each has its own names."""
     root = settings.feast.offline_path
     folder = root.rstrip("/") if is_s3(root) else str(Path(root).absolute())
-    return f"{folder}/{settings.feast.project}_{view_name(entity, version)}.parquet"
+    name = f"{settings.feast.project}_{view_name(entity, version)}"
+    return f"{folder}/{name}.{part}.parquet" if part else f"{folder}/{name}.parquet"
 
 
 def offline_relation(settings: Settings, entity: Entity, version: int) -> str:
@@ -114,12 +121,14 @@ def _source(settings: Settings, entity: Entity, version: int) -> Any:
             name=name, table=table, timestamp_field=EVENT_TIME, created_timestamp_column=CREATED
         )
     from feast import FileSource
+    from feast.data_format import ParquetFormat
 
-    path = offline_file(settings, entity, version)
+    path = offline_source(settings, entity, version)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3", "") if is_s3(path) else ""
     return FileSource(
         name=name,
         path=path,
+        file_format=ParquetFormat(),
         timestamp_field=EVENT_TIME,
         created_timestamp_column=CREATED,
         s3_endpoint_override=endpoint,

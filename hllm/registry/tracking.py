@@ -38,7 +38,10 @@ AWAY_SECONDS = 30.0
 _METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
 _CONTEXT_TAG = "mlflow.data.context"
-_LAST_STEPS = {"evaluate", "register", "publish", "verify", "promote"}
+_LAST_STEPS = {
+    *("evaluate", "register", "publish", "verify", "promote"),
+    *("refresh-users", "refresh-items", "backfill", "retire"),
+}
 """Steps after which the pipeline may stand still, for a person's decision or for good."""
 
 

@@ -26,7 +26,9 @@ from hllm.settings import Settings
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 VERIFIED = "verified"
-PUBLICATIONS = ("absent", "publishing", "published", VERIFIED)
+PUBLISHING = ("publishing", "published", VERIFIED)
+"""Something of such a version is in the feature store."""
+PUBLICATIONS = ("absent", *PUBLISHING, "retired")
 SERVING_TAG = "hllm.serving_version"
 SERVICE_TAG = "feast.feature_service"
 

@@ -42,6 +42,7 @@ print(json.dumps({
             },
             "schedule": str(getattr(dag.timetable, "asset_condition", "")),
             "at_once": dag.max_active_tasks,
+            "paused": dag.is_paused_upon_creation,
         }
         for name, dag in bag.dags.items()
     },
@@ -69,9 +70,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return read_dags(tmp_path_factory.mktemp("airflow"))
 
 
-def test_both_dags_parse_and_nothing_else_is_taken_for_one(found: dict[str, Any]) -> None:
+def test_the_dags_parse_and_nothing_else_is_taken_for_one(found: dict[str, Any]) -> None:
     assert found["errors"] == {}
-    assert sorted(found["dags"]) == ["hllm_release", "hllm_train"]
+    assert sorted(found["dags"]) == ["hllm_items", "hllm_release", "hllm_train", "hllm_users", "hllm_watch"]
 
 
 def test_parsing_is_cheap_and_imports_nothing_heavy(found: dict[str, Any]) -> None:
@@ -111,6 +112,15 @@ def test_a_release_is_a_decision_with_a_branch_for_either_answer(found: dict[str
         assert release["command"][name] == [name]
 
 
+def test_what_serves_is_refreshed_and_watched_when_somebody_switches_it_on(found: dict[str, Any]) -> None:
+    for kind in ("items", "users"):
+        dag = found["dags"][f"hllm_{kind}"]
+        assert dag["upstream"] == {"ingest": [], "validate": ["ingest"], f"refresh-{kind}": ["validate"]}
+        assert dag["command"][f"refresh-{kind}"] == ["refresh", kind]
+        assert dag["paused"]
+    assert found["dags"]["hllm_watch"]["command"] == {"watch": ["watch"]}
+
+
 def test_the_form_offers_settings_with_their_own_limits_and_leaves_them_alone_when_empty(
     found: dict[str, Any],
 ) -> None:
@@ -140,7 +150,7 @@ def test_a_wrong_settings_file_is_an_import_error_that_names_the_key(tmp_path: P
     config = tmp_path / "mine.toml"
     config.write_text("[train.stage1]\nbatchsize = 3\n")
     errors = read_dags(tmp_path / "home", config=str(config))["errors"]
-    assert len(errors) == 2
+    assert len(errors) == 5
     assert all("Did you mean train.stage1.batch_size?" in error for error in errors.values())
 
 

@@ -89,15 +89,21 @@ def register(settings: Settings, export: Path) -> int:
 
     from hllm.registry.server import client
 
-    database = Path(settings.mlflow.tracking_uri.removeprefix("sqlite:///"))
-    if not database.exists():
-        shutil.copy(_empty_registry(), database)
+    prepared_registry(settings)
     registry, model = client(settings), settings.mlflow.model_name
     with contextlib.suppress(MlflowException):  # an earlier version made it
         registry.create_registered_model(model)
     pipeline = {"pipeline": export.name, "export": str(export)}
     tags = {"gate": "passed", "publication": "absent", **pipeline}
     return int(registry.create_model_version(model, source=str(export), tags=tags).version)
+
+
+def prepared_registry(settings: Settings) -> None:
+    """The settings' MLflow database, with its tables, if it is not there yet."""
+    database = Path(settings.mlflow.tracking_uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    if not database.exists():
+        shutil.copy(_empty_registry(), database)
 
 
 @functools.cache

@@ -1,0 +1,66 @@
+"""What was written into a version's views since its publication: one record and one folder each, in order.
+
+    ROOT/refresh/v7-users-0001/    manifest.json, users-00000.parquet ...   (items: items.parquet)
+    ROOT/refresh/v7-backfill-2026-03-01/     offline only, event time in the past
+
+A version's vectors of unchanged items and users stay what they were; a refresh adds rows beside them, each
+with the version and the moment from which it could be read, and a manifest that says from what it was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from hllm.artifacts import Manifest, Store
+from hllm.features.export import ITEM, USER, Entity, Vectors
+from hllm.settings import Settings
+
+STEP = "refresh"
+
+
+@dataclass(frozen=True)
+class Refreshed(Vectors):
+    """One finished refresh or back-fill."""
+
+    manifest: Manifest
+
+    @property
+    def entities(self) -> list[Entity]:
+        return [entity for entity in (USER, ITEM) if self.manifest.rows.get(f"{entity.name}s")]
+
+    @property
+    def kind(self) -> str:
+        """`users`, `items` or `backfill`."""
+        return str(self.manifest.facts["kind"])
+
+    @property
+    def number(self) -> int:
+        return int(self.manifest.facts["number"])
+
+    @property
+    def part(self) -> str:
+        """What its offline file is called by, behind the view's name."""
+        return self.manifest.key.partition("-")[2]
+
+    @property
+    def as_of(self) -> datetime:
+        """How far the events, or the catalogue, reach that it has seen."""
+        return datetime.fromisoformat(self.manifest.facts["as_of"])
+
+    @property
+    def available_at(self) -> datetime:
+        """Event time of its rows."""
+        return datetime.fromisoformat(self.manifest.facts["available_at"])
+
+
+def refreshed(settings: Settings, version: int, *kinds: str) -> list[Refreshed]:
+    """Finished refreshes of a version, the oldest first; all kinds when none is named."""
+    outputs = Store(settings.run.root)
+    found = [manifest for manifest in outputs.finished(STEP) if manifest.facts["version"] == version]
+    chosen = [
+        Refreshed(outputs.fetch(STEP, manifest.key), int(manifest.facts["width"]), manifest)
+        for manifest in found
+        if not kinds or manifest.facts["kind"] in kinds
+    ]
+    return sorted(chosen, key=lambda one: (one.available_at, one.number))

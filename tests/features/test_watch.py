@@ -1,0 +1,124 @@
+"""What is watched: every kind of trouble has its alert, and the alert says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from datetime import timedelta
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from hllm.errors import ConfigError, GateError
+from hllm.features import watch as watching
+from hllm.features.watch import watch
+from hllm.features.watched import folder_of
+from tests.features.refreshing import catalogue, go_on, register, serve
+
+TODAY = 1_600_000_000 + 3_600 * 200
+
+
+@pytest.fixture
+def served(trained, tiny_source, tmp_path):
+    """Two versions of one model, the second serving, with today's data read."""
+    from hllm.features.publish import publish
+    from hllm.features.verify import verify
+    from hllm.registry.promote import promote
+
+    settings = serve(trained, tmp_path)
+    register(settings, trained)
+    publish(settings, "2")
+    verify(settings, "2")
+    promote(settings, "2", by="a test")
+    return go_on(settings, tmp_path / "today", tiny_source.events, **catalogue(tiny_source))
+
+
+def test_a_sound_version_has_no_alert_and_a_page(served, capsys):
+    looks = {look.name: look for look in watch(served)}
+    assert not [look.says for look in looks.values() if look.alert]
+    assert looks["user_coverage"].value == looks["item_coverage"].value == 1
+    assert (
+        looks["null_rate"].value == looks["online_offline_mismatch"].value == looks["unfinished"].value == 0
+    )
+    assert looks["norm_drift"].value < 1e-5
+    assert looks["cosine_to_previous"].value == pytest.approx(1)  # the same model, published twice
+    assert looks["agreement_with_previous"].value == pytest.approx(1)
+    assert 0 <= looks["users_age_hours"].value < 1
+    assert "version 2 is fresh, complete and sound" in capsys.readouterr().out
+
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families((folder_of(served) / "metrics.prom").read_text())
+    }
+    assert families["hllm_watch_user_coverage"].samples[0].labels == {"model": "hllm", "version": "2"}
+    alerts = families["hllm_watch_alert"].samples
+    assert {sample.labels["look"] for sample in alerts} == {
+        name for name, look in looks.items() if look.limit
+    }
+    assert all(sample.value == 0 for sample in alerts)
+    page = (folder_of(served) / "index.html").read_text()
+    assert "Fresh, complete and sound." in page
+    assert all(look.title in page for look in looks.values())
+    assert "http" not in page  # nothing to load
+    watch(served)
+    history = (folder_of(served) / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["version"] for line in history] == [2, 2]
+
+
+def test_every_trouble_has_its_alert(served, tiny_source, tmp_path, monkeypatch):
+    columns = catalogue(tiny_source)
+    for number in range(20):
+        for name, value in (("item_id", f"new {number}"), ("title", "New"), ("genre", None)):
+            columns[name].append(value)
+    new_users = [(f"new {number}", "item20", TODAY + number) for number in range(20)]
+    later = go_on(served, tmp_path / "later", [*tiny_source.events, *new_users], **columns)
+    with sqlite3.connect(served.feast.online_url) as online:
+        users = "DELETE FROM \"hllm_hllm_user_v2\" WHERE feature_name = 'user_vector' AND rowid % 2"
+        assert online.execute(users).rowcount
+        assert online.execute(
+            'UPDATE "hllm_hllm_item_v2" SET value = (SELECT value FROM "hllm_hllm_item_v2" '
+            "WHERE feature_name = 'item_vector' LIMIT 1) WHERE feature_name = 'item_vector'"
+        ).rowcount
+    begun = folder_of(later).parent / "refresh" / "v2-users-0001" / "plan.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
+    yesterday = time.time() - 86_400
+    os.utime(begun, (yesterday, yesterday))
+    real = watching.datetime
+
+    class Late(real):
+        @classmethod
+        def now(cls, tz=None):
+            return real.now(tz) + timedelta(days=3)
+
+    monkeypatch.setattr(watching, "datetime", Late)
+    with pytest.raises(GateError) as raised:
+        watch(later)
+    says = str(raised.value)
+    for name, remedy in {
+        "users_age_hours": "does the DAG hllm_users run",
+        "items_age_hours": "does the DAG hllm_items run",
+        "user_coverage": "run `hllm refresh users`",
+        "item_coverage": "run `hllm refresh items`",
+        "null_rate": "hllm verify --version 2",
+        "online_offline_mismatch": "hllm rollback",
+        "agreement_with_previous": "look at both reports",
+        "unfinished": "run again what stopped (v2-users-0001)",
+    }.items():
+        assert name in raised.value.first_line
+        assert remedy in says
+    assert raised.value.exit_code == 66
+    page = (folder_of(later) / "index.html").read_text()
+    assert "What to do" in page
+    assert 'look="null_rate"} 1' in (folder_of(later) / "metrics.prom").read_text()
+
+
+def test_nothing_serves_and_no_data_yet(served, tmp_path):
+    unknown = served.model_copy(update={"mlflow": served.mlflow.model_copy(update={"model_name": "unknown"})})
+    with pytest.raises(ConfigError, match="no version serves"):
+        watch(unknown)
+    unread = served.model_copy(update={"data": served.data.model_copy(update={"order_starts": 5})})
+    with pytest.raises(GateError, match="data_missing"):
+        watch(unread)

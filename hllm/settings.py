@@ -328,7 +328,8 @@ class Ranking(Section):
 
 class Gate(Section):
     metric: str = "ndcg@10"
-    """The metric the gate looks at, on the held-out test events."""
+    """The metric the gate looks at, on the held-out test events: `ndcg@K` or `recall@K` of the full ranking,
+    or for a discriminative objective `auc`, `uauc` or `wuauc` of the labelled ones."""
     min_vs_popular: float = 1.0
     """The candidate's metric must exceed this multiple of most-popular's."""
     min_vs_sasrec: float = 0.0

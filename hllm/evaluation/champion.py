@@ -1,10 +1,11 @@
-"""Ranks of an earlier version in today's catalogue."""
+"""Ranks and scores of an earlier version in today's catalogue."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
 from hllm.evaluation.ranking import HeldOut, Ranks, rank_by_vectors
@@ -33,6 +34,30 @@ def rank_package(prepared: Prepared, package: Any, settings: Settings, held_out:
     ranks = rank_by_vectors(users_RD, items_ID, among, "champion")
     last.filtered_R[rows], last.unfiltered_R[rows] = ranks.filtered_R, ranks.unfiltered_R
     return last
+
+
+def score_package(
+    prepared: Prepared, package: Any, settings: Settings, held_out: HeldOut
+) -> npt.NDArray[np.float64]:
+    """What the package thinks of each event's item: its probability, or the cosine it ranks with; (R,). An
+    item or a user that it does not know gets the mean of the others: it says nothing of them."""
+    ids = prepared.item_table(["item_id"])["item_id"].to_pylist()
+    row_of = {item_id: row for row, item_id in enumerate(package.item_ids)}
+    scores = np.full(len(held_out), np.nan)
+    for block in held_out.blocks(settings.embed.users_per_batch):
+        histories, times, asked = _histories(held_out, block, ids, settings)
+        items = [ids[item] for item in held_out.targets_R[block]]
+        if package.objective != "generative":
+            found = package.scores(histories, [[item] for item in items], times, asked)
+            scores[block] = np.concatenate(found)
+        else:
+            users = package.interest_vectors(histories, times, asked)
+            known = [row_of.get(item, -1) for item in items]
+            cosines = (users * np.asarray(package.item_vectors)[known]).sum(axis=1)
+            scores[block] = np.where((np.array(known) >= 0) & users.any(axis=1), cosines, np.nan)
+    unknown = np.isnan(scores)
+    scores[unknown] = scores[~unknown].mean() if not unknown.all() else 0.0
+    return scores
 
 
 def _histories(

@@ -14,9 +14,17 @@ import numpy as np
 from hllm.artifacts import write_atomically
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
-from hllm.evaluation.champion import rank_package
+from hllm.evaluation.champion import rank_package, score_package
 from hllm.evaluation.examples import examples
-from hllm.evaluation.labelled import cosines, labelled_rows, measure_labelled, simple_scores
+from hllm.evaluation.labelled import (
+    cosines,
+    labelled_rows,
+    measure_champion,
+    measure_labelled,
+    read_scores,
+    simple_scores,
+    write_scores,
+)
 from hllm.evaluation.measure import PART, compare, entry, measure
 from hllm.evaluation.rank_table import rank_table, read_ranks, write_ranks
 from hllm.evaluation.ranking import (
@@ -50,7 +58,7 @@ def evaluate(context: Context) -> None:
         )
     candidate = candidate_label(settings)
     ranks = {POPULAR: rank_by_popularity(training_counts(prepared), held_out)}
-    judging = settings.model.family == "hllm" and settings.model.objective != "generative"
+    judging = learns_likes(settings)
     rows = labelled_rows(prepared, held_out)
     judged = held_out.take(rows)
     scores = simple_scores(prepared, judged) if judging else {}
@@ -66,9 +74,15 @@ def evaluate(context: Context) -> None:
     metrics = measure(settings, prepared, held_out, ranks, candidate)
     if judging:
         metrics["labelled"] = measure_labelled(settings, prepared, judged, scores, candidate)
+        write_scores(context.output / "labelled.parquet", judged, scores)
     _write_json(context.output / "metrics.json", metrics)
     write_ranks(context.output / "ranks.parquet", held_out, ranks)
     _report_headline(context, metrics)
+
+
+def learns_likes(settings: Settings) -> bool:
+    """Whether the registered model is a discriminative one."""
+    return settings.model.family == "hllm" and settings.model.objective != "generative"
 
 
 def candidate_label(settings: Settings) -> str:
@@ -144,6 +158,12 @@ def evaluate_package(
     if candidate_folder is not None:
         mine = read_ranks(candidate_folder / "ranks.parquet", candidate_label(settings), held_out)
         found["comparison"] = compare(settings, held_out, parts, mine, ranks)
+    if learns_likes(settings):
+        judged = held_out.take(labelled_rows(prepared, held_out))
+        theirs, ours = score_package(prepared, package, settings, judged), None
+        if candidate_folder is not None:
+            ours = read_scores(candidate_folder / "labelled.parquet", candidate_label(settings), judged)
+        found["labelled"] = measure_champion(settings, prepared, judged, theirs, ours)
     return found, rank_table("champion", held_out, ranks)
 
 

@@ -40,7 +40,8 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
             asks for is not trained.
     """
     gate, candidate = settings.gate, metrics["candidate"]
-    mine = _value(metrics["models"].get(candidate), candidate, metrics, gate.metric)
+    figures, comparisons = _with_labelled(metrics, champion)
+    mine = _value(figures.get(candidate), candidate, gate.metric)
     if not math.isfinite(mine):
         raise DataError(f"{gate.metric} of {candidate} is not a finite number", where="gate")
     thresholds = {
@@ -48,8 +49,6 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
         "sasrec-1": gate.min_vs_sasrec,
         "champion": gate.min_vs_champion,
     }
-    models = {**metrics["models"], "champion": champion}
-    comparisons = {**metrics.get("comparisons", {}), "champion": (champion or {}).get("comparison")}
     rules = []
     for label, threshold in thresholds.items():
         if label == candidate:
@@ -67,9 +66,9 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
                 )
             rules.append(Rule(label, "reported", "SASRec was not trained beside it: nothing to compare"))
         else:
-            other = _value(models.get(label), label, metrics, gate.metric)
-            ratio = _ratio(comparisons.get(label), metrics, gate.metric)
-            rules.append(_rule(label, threshold, mine, other, gate.metric, ratio))
+            other = _value(figures.get(label), label, gate.metric)
+            gap = _gap(comparisons.get(label), metrics, gate.metric)
+            rules.append(_rule(label, threshold, mine, other, gate.metric, gap))
     passed = all(rule.outcome != "failed" for rule in rules)
     return Verdict(
         passed,
@@ -79,35 +78,59 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
     )
 
 
-def _rule(label: str, threshold: float, mine: float, other: float, metric: str, ratio: str) -> Rule:
+def _rule(label: str, threshold: float, mine: float, other: float, metric: str, gap: str) -> Rule:
     name, shown = NAMES[label], metric_name(metric)
     if not threshold:
         return Rule(
-            label, "reported", f"{shown} {mine:.4f}, {name} {other:.4f}{ratio}: reported, not required"
+            label, "reported", f"{shown} {mine:.4f}, {name} {other:.4f}{gap}: reported, not required"
         )
     required = threshold * other
     if mine > required:
         return Rule(
-            label, "passed", f"{shown} {mine:.4f} exceeds {threshold:g} x {name}'s {other:.4f}{ratio}"
+            label, "passed", f"{shown} {mine:.4f} exceeds {threshold:g} x {name}'s {other:.4f}{gap}"
         )
     return Rule(
-        label, "failed", f"{shown} {mine:.4f} does not exceed {threshold:g} x {name}'s {other:.4f}{ratio}"
+        label, "failed", f"{shown} {mine:.4f} does not exceed {threshold:g} x {name}'s {other:.4f}{gap}"
     )
 
 
-def _ratio(paired: Mapping[str, Any] | None, metrics: Mapping[str, Any], metric: str) -> str:
-    """`, ratio 1.80 (95 % interval 1.52 to 2.10)` where it is known."""
-    found = (paired or {}).get(metrics["headline"], {}).get(metric, {}).get("ratio")
-    if not found:
-        return ""
-    level = 100 * metrics.get("confidence", 0.95)
-    return f", ratio {found['value']:.2f} ({level:g} % interval {found['low']:.2f} to {found['high']:.2f})"
+def _gap(paired: Mapping[str, Any] | None, metrics: Mapping[str, Any], metric: str) -> str:
+    """`, ratio 1.80 (95 % interval 1.52 to 2.10)`, of an AUC the difference, where it is known."""
+    found = (paired or {}).get(metrics["headline"], {}).get(metric, {})
+    level = f"{100 * metrics.get('confidence', 0.95):g} % interval"
+    if found.get("ratio"):
+        ratio = found["ratio"]
+        return f", ratio {ratio['value']:.2f} ({level} {ratio['low']:.2f} to {ratio['high']:.2f})"
+    if "low" in found:
+        bounds = f"{found['low']:+.4f} to {found['high']:+.4f}"
+        return f", difference {found['value']:+.4f} ({level} {bounds})"
+    return ""
 
 
-def _value(model: Mapping[str, Any] | None, label: str, metrics: Mapping[str, Any], metric: str) -> float:
-    if model is None:
+def _with_labelled(
+    metrics: Mapping[str, Any], champion: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of every model, and the candidate's against each, those of labelled events among the others."""
+    mode = metrics["headline"]
+    figures = {label: dict(model["overall"][mode]) for label, model in metrics["models"].items()}
+    compared = metrics.get("comparisons", {})
+    against = {label: {mode: dict(found.get(mode, {}))} for label, found in compared.items()}
+    labelled = metrics.get("labelled", {"models": {}, "differences": {}})
+    for label, found in labelled["models"].items():
+        figures.setdefault(label, {}).update(found)
+    for label, found in labelled["differences"].items():
+        against.setdefault(label, {mode: {}})[mode].update(found)
+    if champion is not None:
+        theirs = champion.get("labelled", {})
+        figures["champion"] = dict(champion["overall"][mode]) | theirs.get("figures", {})
+        paired = (champion.get("comparison") or {}).get(mode, {})
+        against["champion"] = {mode: dict(paired) | theirs.get("difference", {})}
+    return figures, against
+
+
+def _value(figures: Mapping[str, Any] | None, label: str, metric: str) -> float:
+    if figures is None:
         raise DataError(f"{label} has not been evaluated", where="gate", remedy="Run `hllm evaluate` again.")
-    figures = model["overall"][metrics["headline"]]
     if metric not in figures:
         raise ConfigError(
             f"{metric} is not among the evaluated metrics",
@@ -119,7 +142,10 @@ def _value(model: Mapping[str, Any] | None, label: str, metrics: Mapping[str, An
 
 def _headline(passed: bool, rules: list[Rule], mine: float, metric: str, metrics: Mapping[str, Any]) -> str:
     name = model_name(metrics["candidate"])
-    measured = f"{metric_name(metric)} {mine:.4f} on {metrics['rows']:,} held-out events"
+    of_labelled = "@" not in metric
+    rows = (metrics["labelled"] if of_labelled else metrics)["rows"]
+    events = f"{rows:,} {'labelled ' if of_labelled else ''}held-out events"
+    measured = f"{metric_name(metric)} {mine:.4f} on {events}"
     if passed:
         return f"{name} passed the gate: {measured}"
     against = " and ".join(NAMES[rule.against] for rule in rules if rule.outcome == "failed")

@@ -8,12 +8,14 @@ needs no model of the user at all, the share of liked events among the item's ow
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
+from hllm.errors import DataError
 from hllm.evaluation.auc import compare_scores, evaluate_scores
 from hllm.evaluation.ranking import Floats, HeldOut, exact_scores, training_counts
 from hllm.settings import Settings
@@ -67,13 +69,7 @@ def measure_labelled(
     """AUC, UAUC (mean over users) and WUAUC (weighted by impressions) of every model with intervals, and how
     much the candidate has more than each other model; users with one class only, who have no AUC, are
     counted."""
-    sampling: dict[str, Any] = {
-        "samples": settings.evaluation.bootstrap,
-        "confidence": settings.evaluation.confidence,
-        "seed": settings.run.seed,
-    }
-    users_R = held_out.users_R
-    labels_R = np.asarray(prepared.event_labels)[held_out.positions_R].astype(np.int64)
+    sampling, users_R, labels_R = _sampling(settings), held_out.users_R, labels_of(prepared, held_out)
     return {
         "rows": len(labels_R),
         "liked": int(labels_R.sum()),
@@ -88,6 +84,54 @@ def measure_labelled(
             if label != candidate
         },
     }
+
+
+def measure_champion(
+    settings: Settings,
+    prepared: Prepared,
+    held_out: HeldOut,
+    champion_R: npt.NDArray[np.floating],
+    candidate_R: npt.NDArray[np.floating] | None,
+) -> dict[str, Any]:
+    """An earlier version on the same events: its metrics, and how much the candidate has more."""
+    sampling, users_R, labels_R = _sampling(settings), held_out.users_R, labels_of(prepared, held_out)
+    found: dict[str, Any] = {"figures": evaluate_scores(labels_R, champion_R, users_R, **sampling)}
+    if candidate_R is not None:
+        found["difference"] = compare_scores(labels_R, candidate_R, champion_R, users_R, **sampling)
+    return found
+
+
+def write_scores(path: Path, held_out: HeldOut, scores: Mapping[str, npt.NDArray[np.floating]]) -> None:
+    """One row per labelled held-out event, one column per model."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    columns = {label: np.asarray(model, np.float64) for label, model in scores.items()}
+    table = arrow.table({"position": held_out.positions_R, "user_index": held_out.users_R, **columns})
+    parquet.write_table(table, path, compression="zstd")
+
+
+def read_scores(path: Path, label: str, held_out: HeldOut) -> npt.NDArray[np.float64]:
+    """The scores of one model as they were written for the same events: (R,)."""
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(path, columns=["position", label])
+    if not np.array_equal(table["position"].to_numpy(), held_out.positions_R):
+        raise DataError(
+            f"the scores of {label} belong to other held-out events",
+            where=path,
+            remedy="Run `hllm evaluate` again.",
+        )
+    return table[label].to_numpy()
+
+
+def labels_of(prepared: Prepared, held_out: HeldOut) -> npt.NDArray[np.int64]:
+    return np.asarray(prepared.event_labels)[held_out.positions_R].astype(np.int64)
+
+
+def _sampling(settings: Settings) -> dict[str, Any]:
+    evaluation = settings.evaluation
+    return {"samples": evaluation.bootstrap, "confidence": evaluation.confidence, "seed": settings.run.seed}
 
 
 def one_class_users(labels_R: npt.NDArray[np.int64], users_R: npt.NDArray[np.int64]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hllm.steps import FAMILIES
 
 FAMILY_NAMES = {"hllm": "HLLM", "sasrec": "SASRec", "hstu": "HSTU"}
@@ -15,6 +17,12 @@ def model_name(label: str) -> str:
     family, _, stage = label.rpartition("-")
     name = FAMILY_NAMES.get(family, family)
     return f"{name} stage {stage}" if len(FAMILIES.get(family, ())) > 1 else name
+
+
+def ranking_metric(metric: str, cutoffs: Sequence[int]) -> str:
+    """What to show of a full ranking when the gate looks at this metric: itself, or NDCG where it is an
+    AUC."""
+    return metric if "@" in metric else f"ndcg@{10 if 10 in cutoffs else cutoffs[0]}"
 
 
 def metric_name(metric: str) -> str:

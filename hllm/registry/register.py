@@ -112,6 +112,7 @@ def _judge_and_register(
 ) -> tuple[int, bool]:
     """The version, and whether it passed the gate."""
     from hllm.evaluation.gate import judge
+    from hllm.evaluation.names import ranking_metric
 
     metrics = json.loads((finished.folders["evaluate"] / "metrics.json").read_text("utf-8"))
     champion = _champion_entry(settings, store, finished, serving)
@@ -134,7 +135,7 @@ def _judge_and_register(
         verdict,
         champion,
         finished.manifests | {"export": finished.manifests[finished.export]},
-        metric=settings.gate.metric,
+        metric=ranking_metric(settings.gate.metric, metrics["cutoffs"]),
         report=f"{page}/artifacts/report.html",
     )
     tags = _tags(settings, store, finished, verdict, parent)

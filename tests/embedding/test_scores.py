@@ -16,6 +16,7 @@ from hllm.embedding import scores as module
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.scores import held_out_scores, scores_of_candidates
 from hllm.errors import ConfigError, DataError
+from hllm.evaluation.evaluate import evaluate_package
 from hllm.models.load import load_user_model
 from hllm.models.package import Package
 from hllm.settings import Settings
@@ -187,6 +188,16 @@ def test_the_evaluation_counts_and_compares(judging: Judging):
     assert set(found["models"]["hllm-2"]) == {"auc"}
     # The cheap baseline knows nothing here (what is liked depends on the user), whatever the model learned.
     assert found["models"]["item-rate"]["auc"]["value"] < 0.75
+
+
+def test_as_a_champion_it_is_level_with_itself(judging: Judging):
+    entry, _ = evaluate_package(
+        judging.prepared, judging.package, judging.settings, judging.outputs["evaluate"]
+    )
+    mine = json.loads((judging.outputs["evaluate"] / "metrics.json").read_text())["labelled"]
+    figures, difference = entry["labelled"]["figures"]["auc"], entry["labelled"]["difference"]["auc"]
+    assert figures["value"] == pytest.approx(mine["models"]["hllm-2"]["auc"]["value"], abs=1e-3)
+    assert difference["value"] == pytest.approx(0, abs=1e-3)
 
 
 def test_a_generative_model_has_no_probabilities_and_says_so(trained: Trained):

@@ -73,6 +73,38 @@ def test_paired_ratios_are_shown_where_they_are_known():
     assert "ratio" not in reasons[2]
 
 
+def likes(champion=0.70):
+    """A discriminative candidate; popularity ranks well and knows nothing of likes."""
+    found = metrics(candidate=0.01, popular=0.09)
+    models = {"hllm-2": 0.71, "popular": 0.55, "sasrec-1": 0.6}
+    gaps = {label: {"uauc": {"value": 0.71 - auc, "low": 0.1, "high": 0.2}} for label, auc in models.items()}
+    figures = {label: {"uauc": {"value": auc, "low": 0.0, "high": 1.0}} for label, auc in models.items()}
+    found["labelled"] = {"rows": 17_000, "models": figures, "differences": gaps}
+    theirs = {
+        "figures": {"uauc": {"value": champion, "low": 0.0, "high": 1.0}},
+        "difference": {"uauc": {"value": 0.71 - champion, "low": -0.01, "high": 0.03}},
+    }
+    return found, model(0.5) | {"labelled": theirs}
+
+
+def test_a_model_that_judges_passes_by_how_well_it_judges():
+    found, champion = likes()
+    verdict = judge(settings(metric="uauc"), found, champion)
+    assert verdict.passed
+    assert verdict.headline == "HLLM stage 2 passed the gate: UAUC 0.7100 on 17,000 labelled held-out events"
+    assert verdict.reasons[0] == (
+        "UAUC 0.7100 exceeds 1 x most-popular's 0.5500, difference +0.1600 (95 % interval +0.1000 to +0.2000)"
+    )
+    assert "0.98 x the champion's 0.7000, difference +0.0100" in verdict.reasons[2]
+    assert not judge(settings(metric="uauc"), *likes(champion=0.74)).passed
+    assert not judge(settings(), found, None).passed  # NDCG is there as well, and is worse than popularity's
+
+
+def test_an_auc_that_was_not_measured_is_a_settings_error():
+    with pytest.raises(ConfigError, match="uauc is not among the evaluated metrics"):
+        judge(settings(metric="uauc"), metrics(), None)
+
+
 def test_sasrec_as_candidate_is_not_compared_with_itself():
     verdict = judge(settings(min_vs_sasrec=1.0), metrics(label="sasrec-1"), None)
     assert verdict.passed

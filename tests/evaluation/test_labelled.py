@@ -10,18 +10,23 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from hllm.data.prepared import Prepared
+from hllm.errors import DataError
+from hllm.evaluation.champion import score_package
 from hllm.evaluation.labelled import (
     PRIOR_EVENTS,
     cosines,
     item_rates,
     labelled_rows,
+    measure_champion,
     measure_labelled,
     one_class_users,
+    read_scores,
     simple_scores,
+    write_scores,
 )
 from hllm.evaluation.ranking import HeldOut, training_counts
 from hllm.settings import Settings
-from tests.evaluation.world import prepare, random_histories, unit
+from tests.evaluation.world import SmallPackage, prepare, random_histories, unit
 
 SETTINGS = Settings.model_validate({"evaluation": {"bootstrap": 50}})
 
@@ -85,6 +90,39 @@ def test_other_models_are_judged_by_the_score_that_they_rank_with(prepared: Prep
         simple_scores(prepared, judged)["popular"].tolist()
         == training_counts(prepared)[judged.targets_R].tolist()
     )
+
+
+def test_an_earlier_version_is_measured_on_the_same_events(
+    tmp_path: Path, prepared: Prepared, judged: HeldOut
+):
+    rng = np.random.default_rng(3)
+    scores = {"hllm-2": rng.random(len(judged)), "popular": rng.random(len(judged))}
+    write_scores(tmp_path / "labelled.parquet", judged, scores)
+    mine = read_scores(tmp_path / "labelled.parquet", "hllm-2", judged)
+    np.testing.assert_array_equal(mine, scores["hllm-2"])
+    found = measure_champion(SETTINGS, prepared, judged, scores["popular"], mine)
+    expected = measure_labelled(SETTINGS, prepared, judged, scores, "hllm-2")
+    assert found["figures"] == expected["models"]["popular"]
+    assert found["difference"] == expected["differences"]["popular"]
+    with pytest.raises(DataError, match="belong to other held-out events"):
+        read_scores(tmp_path / "labelled.parquet", "hllm-2", judged.take(np.arange(5)))
+
+
+def test_what_an_earlier_version_does_not_know_has_the_mean_of_the_others(
+    prepared: Prepared, judged: HeldOut
+):
+    """Item 24 came after it."""
+    rng = np.random.default_rng(4)
+    package = SmallPackage([f"i{item}" for item in range(24)], unit(rng, 24, 8))
+    scores = score_package(prepared, package, SETTINGS, judged)
+    new = judged.targets_R == 24
+    assert new.any()
+    assert len(set(scores[new])) == 1
+    np.testing.assert_allclose(scores[new][0], scores[~new].mean())
+    row = int(np.flatnonzero(~new)[0])
+    history = prepared.event_items[judged.starts_R[row] : judged.positions_R[row]]
+    vector = package.item_vectors[[item for item in history if item < 24]].mean(axis=0)
+    assert scores[row] == pytest.approx(float(vector @ package.item_vectors[judged.targets_R[row]]), abs=1e-6)
 
 
 def test_users_who_like_everything_or_nothing_have_no_auc_of_their_own():

@@ -325,7 +325,7 @@ def test_a_model_that_judges_is_shown_beside_what_needs_no_model(tmp_path, piece
     def figure(value):
         return {"value": value, "low": value - 0.02, "high": value + 0.02}
 
-    models = {"hllm-2": 0.71, "hllm-1": 0.6912, "item-rate": 0.68, "popular": 0.55}
+    models = {"hllm-2": 0.71, "hllm-1": 0.6912, "item-rate": 0.68, "popular": 0.55, "sasrec-1": 0.6}
     labelled = {
         "rows": 1234,
         "liked": 700,
@@ -350,6 +350,12 @@ def test_a_model_that_judges_is_shown_beside_what_needs_no_model(tmp_path, piece
         "candidate +0.0188 (−0.0012 to +0.0388)",
     ):
         assert words in text, words
+    champion = {**pieces["champion"], "labelled": {"figures": {"auc": figure(0.7), "uauc": figure(0.72)}}}
+    champion["labelled"]["difference"] = {"auc": figure(0.01), "uauc": figure(-0.01)}
+    gate = Settings.model_validate({"gate": {"metric": "uauc"}, "evaluation": {"bootstrap": 50}})
+    html, verdict = page(tmp_path, pieces, settings=gate, metrics=metrics, champion=champion)
+    assert verdict.rules[2].reason.startswith("UAUC 0.7100 exceeds 0.98 x the champion's 0.7200")
+    assert "Champion0.70000.6800–0.7200candidate +0.0100" in " ".join(Page(html).text.split())
     none = {**labelled, "rows": 0, "models": {label: {} for label in models}, "differences": {}}
     text, _ = page(tmp_path, pieces, metrics={**metrics, "labelled": none})
     assert "there is no AUC" in text

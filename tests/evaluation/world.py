@@ -65,15 +65,19 @@ def unit(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
 
 
 class SmallPackage:
-    """A deployable model whose user vector is the mean of the vectors of what the user had."""
+    """A deployable model whose user vector is the mean of the vectors of what the user had, as far as it
+    knows."""
+
+    objective = "generative"
 
     def __init__(self, item_ids: list[str], item_vectors: np.ndarray) -> None:
         self.item_ids, self.item_vectors = item_ids, item_vectors
         self.row_of = {item_id: row for row, item_id in enumerate(item_ids)}
 
     def interest_vectors(self, histories: list[list[str]], times: object, asked_at: object) -> np.ndarray:
-        means = [
-            self.item_vectors[[self.row_of[item_id] for item_id in history]].mean(axis=0)
-            for history in histories
+        known = [
+            [self.row_of[item_id] for item_id in history if item_id in self.row_of] for history in histories
         ]
+        nothing = np.zeros(self.item_vectors.shape[1])
+        means = [self.item_vectors[rows].mean(axis=0) if rows else nothing for rows in known]
         return np.stack(means).astype(np.float32)

@@ -126,26 +126,27 @@ def figure_table(metrics: Mapping[str, Any], models: Sequence[Model], mode: str)
     return {"columns": [metric_name(name) for name in names], "rows": rows}
 
 
-def labelled_table(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+def labelled_table(
+    metrics: Mapping[str, Any], champion: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """AUC, UAUC and WUAUC of every model, and what the candidate has more than each; None for a candidate
     that was not trained to judge."""
     found = metrics.get("labelled")
     if not found:
         return None
-    candidate, models = metrics["candidate"], found["models"]
-    order = [candidate, *(label for label in models if label != candidate)]
+    candidate, models, gaps = metrics["candidate"], dict(found["models"]), dict(found["differences"])
+    if champion and "labelled" in champion:
+        models["champion"] = champion["labelled"]["figures"]
+        gaps["champion"] = champion["labelled"].get("difference", {})
+    first = [label for label in (candidate, "champion") if label in models]
     names = list(models[candidate])
     rows = []
-    for label in order:
-        gaps = found["differences"].get(label, {})
+    for label in (*first, *(label for label in models if label not in first)):
         cells = [
-            {
-                **models[label][name],
-                "gap": gaps.get(name),
-                "says": _says({"difference": gaps[name]} if name in gaps else None),
-            }
+            {**models[label][name], "gap": gap, "says": _says({"difference": gap} if gap else None)}
             for name in names
             if name in models[label]
+            for gap in (gaps.get(label, {}).get(name),)
         ]
         rows.append({"name": model_name(label), "candidate": label == candidate, "cells": cells})
     return {**found, "columns": [metric_name(name) for name in names], "rows_of_models": rows}

@@ -13,7 +13,7 @@ from typing import Any
 
 from hllm.artifacts import Manifest, write_atomically
 from hllm.evaluation.gate import Verdict
-from hllm.evaluation.names import metric_name
+from hllm.evaluation.names import metric_name, ranking_metric
 from hllm.evaluation.report.data import data_summary, docs_location, validation_rows
 from hllm.evaluation.report.figures import (
     comparisons,
@@ -43,6 +43,8 @@ def write_report(
     """Write the page. Parts whose inputs are missing are left out and say so."""
     import jinja2
 
+    shown = ranking_metric(settings.gate.metric, metrics["cutoffs"])
+    settings = settings.model_copy(update={"gate": settings.gate.model_copy(update={"metric": shown})})
     models = models_in_order(metrics, champion)
     against = comparisons(metrics, champion)
     validation = validation_rows(folders.get("validate"))
@@ -61,7 +63,7 @@ def write_report(
         "tables": [(mode, figure_table(metrics, models, mode)) for mode in (metrics["headline"], other)],
         "ratios": [row for row in against if row.overall],
         "forests": forest_charts(settings, models, metrics),
-        "labelled": labelled_table(metrics),
+        "labelled": labelled_table(metrics, champion),
         "segments": segment_table(settings, models, against, metrics),
         "segment_charts": segment_charts(settings, models, metrics),
         "curves": training_curves(folders),

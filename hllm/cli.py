@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 from hllm import settings as settings_module
-from hllm.errors import ConfigError, HLLMError, Terminated
+from hllm.errors import ConfigError, HLLMError, InfraError, Terminated
 from hllm.settings import Settings
 from hllm.steps import FAMILIES, embed_name, execute, limit_threads, terminate, train_name
 
@@ -413,11 +414,24 @@ def _command(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if _disk_is_full(error):
+            _say_last(
+                f"the disk is full: {' '.join(str(error).split())}\n"
+                "  Free some (outputs, HOME's .cache/hllm, /tmp); in a cluster ask for more: runner.pod.disk."
+            )
+            raise SystemExit(InfraError.exit_code) from None
         _say_last(
             f"{type(error).__name__}: {error}\n"
             "  This is a bug. Run the same command with --debug for the traceback."
         )
         raise SystemExit(HLLMError.exit_code) from None
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whatever library noticed it: most say it in the system's words, whichever type their errors have."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        words in str(error) for words in (os.strerror(errno.ENOSPC), "disk is full")
+    )
 
 
 def _say_last(message: str) -> None:

@@ -19,7 +19,7 @@ from hllm import settings as settings_module
 from hllm.artifacts import Manifest, Store
 from hllm.settings import Settings
 from hllm.steps import keys, steps
-from tests.world import TinySource, tiny_settings
+from tests.world import TinySource, tiny_settings, toml
 
 REPOSITORY = Path(__file__).parents[1]
 HLLM = str(Path(sys.executable).parent / "hllm")
@@ -36,7 +36,7 @@ class World:
         self.config = folder / "hllm.toml"
         settings = tiny_settings(folder, source, **{"feast.repo": str(REPOSITORY / "feature_repo"), **sets})
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(_toml(settings.model_dump(mode="json")))
+        self.config.write_text(toml(settings.model_dump(mode="json")))
         self.settings: Settings = settings_module.load(self.config, environ={})
         self.environment = {
             name: value
@@ -77,17 +77,6 @@ class World:
         process.send_signal(how)
         output, _ = process.communicate(timeout=LONG)
         return process.returncode, output
-
-
-def _toml(tree: dict[str, Any], path: str = "") -> str:
-    """Sections of plain values are all that settings have."""
-    own = {name: value for name, value in tree.items() if not isinstance(value, dict)}
-    text = f"[{path}]\n" if path else ""
-    text += "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in own.items())
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            text += _toml(value, f"{path}.{name}" if path else name)
-    return text
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,6 +131,17 @@ def tiny_settings(folder: Path, source: TinySource, **sets: Any) -> Settings:
         section[last] = value
     settings_module._refuse_unknown(tree, Settings, "", "tiny_settings", {})
     return Settings.model_validate(settings_module._merge(Settings().model_dump(), tree))
+
+
+def toml(tree: dict[str, Any], path: str = "") -> str:
+    """Sections of plain values are all that settings have."""
+    own = {name: value for name, value in tree.items() if not isinstance(value, dict)}
+    text = f"[{path}]\n" if path else ""
+    text += "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in own.items())
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            text += toml(value, f"{path}.{name}" if path else name)
+    return text
 
 
 def run_steps(settings: Settings, *names: str) -> Path:

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.world import TinySource, tiny_settings, toml
+
+HLLM = str(Path(sys.executable).with_name("hllm"))
+
+
+def on_a_full_disk(folder: Path, *argv: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a mount namespace of its own, with 64 KiB of room in `folder`."""
+    folder.mkdir()
+    script = 'mount -t tmpfs -o size=64k none "$1" && head -c 60k /dev/zero >"$1/rest"; shift; exec "$@"'
+    apart = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*apart, "mount", "-t", "tmpfs", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("this machine allows no mounts of one's own")
+    whole = [*apart, "sh", "-c", script, "sh", str(folder), *argv]
+    return subprocess.run(whole, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_a_full_disk_is_a_matter_for_a_retry_and_says_so(tmp_path: Path, tiny_source: TinySource) -> None:
+    settings = tiny_settings(tmp_path, tiny_source, **{"run.root": str(tmp_path / "small" / "runs")})
+    (tmp_path / "hllm.toml").write_text(toml(settings.model_dump(mode="json")))
+    words = tmp_path / "words"
+    ended = on_a_full_disk(
+        tmp_path / "small",
+        *(HLLM, "ingest", "--config", str(tmp_path / "hllm.toml")),
+        environment={"HLLM_TERMINATION_LOG": str(words)},
+    )
+    assert ended.returncode == 75, ended.stdout + ended.stderr
+    assert words.read_text("utf-8").startswith("the disk is full: ")
+    assert "Traceback" not in ended.stderr

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
 from hllm.errors import ConfigError, DataError, InfraError
@@ -221,7 +221,7 @@ def abandon_uploads(location: str, client: Any = None) -> int:
     return found
 
 
-def open_object(location: str) -> io.BufferedReader:
+def open_object(location: str) -> BinaryIO:
     """An object as a file to read and to seek in: only the ranges that are read are fetched."""
     return io.BufferedReader(_Ranges(location), BLOCK_BYTES)
 

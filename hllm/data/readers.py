@@ -127,13 +127,21 @@ class Source:
 
 
 def open_source(data: Data, scratch: Path) -> Source:
-    """The source, downloaded into `scratch` first if it lives in S3."""
+    """The source, downloaded into `scratch` first if it lives in S3 and is not Parquet, of which only the
+    columns that are read travel."""
     interactions, items = locations(data)
     return Source(data, interactions, items, _fetch(interactions, scratch), _fetch(items, scratch))
 
 
 def _fetch(location: str, scratch: Path) -> Path:
-    return download(location, scratch / location.rpartition("/")[2]) if is_s3(location) else Path(location)
+    if not is_s3(location):
+        return Path(location)
+    here = scratch / location.rpartition("/")[2]
+    return here if is_parquet(here) else download(location, here)
+
+
+def is_parquet(path: Path) -> bool:
+    return "parquet" in path.name.lower().split(".")[1:]
 
 
 # ---- table ----

@@ -11,13 +11,14 @@ import codecs
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
 from hllm.errors import ConfigError, DataError
+from hllm.objects import is_s3, open_object
 
 BLOCK_BYTES = 2 << 20
 """Delimited text is parsed this much at a time; no row may be longer. Arrow reads about 36 blocks ahead: that
@@ -29,11 +30,15 @@ def read_table(
 ) -> Iterator[pa.RecordBatch]:
     """Batches with the `wanted` columns only (column -> the setting that names it), in the file's order.
 
+    Parquet in S3 (`name`) is read there, by ranges; `path` is where everything else lies.
+
     Raises:
         DataError: the file is missing, empty, damaged, not UTF-8, or lacks a column.
     """
     name = name or str(path)
     suffixes = path.name.lower().split(".")[1:]
+    if is_s3(name) and "parquet" in suffixes:
+        return _parquet(open_object(name), wanted, batch_rows, name)
     if not path.is_file():
         raise DataError("is a folder, not a file" if path.is_dir() else "no such file", where=name)
     if path.stat().st_size == 0:
@@ -76,8 +81,10 @@ def _open(
     return pa.csv.open_csv(str(path), read_options=read, parse_options=parse, convert_options=convert)
 
 
-def _parquet(path: Path, wanted: Mapping[str, str], batch_rows: int, name: str) -> Iterator[pa.RecordBatch]:
-    with _readable(path, name, "Parquet"), pa.parquet.ParquetFile(path) as file:
+def _parquet(
+    source: Path | BinaryIO, wanted: Mapping[str, str], batch_rows: int, name: str
+) -> Iterator[pa.RecordBatch]:
+    with _readable(Path(name), name, "Parquet"), pa.parquet.ParquetFile(source) as file:
         _require(wanted, file.schema_arrow.names, name)
         for batch in file.iter_batches(batch_size=batch_rows, columns=list(wanted)):
             yield batch.select(list(wanted))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
+from hllm import objects
 from hllm.artifacts import Store, file_digests
 from hllm.data.prepared import Prepared
 from hllm.data.readers import source_fingerprints
@@ -38,6 +42,34 @@ def test_a_source_in_s3_gives_what_the_local_one_gives(
         write_csv(tmp_path / "other.csv", ["user_id", "item_id", "timestamp"], []), f"{bucket}/raw/log.csv"
     )
     assert source_fingerprints(remote.data) != before
+
+
+def test_of_a_parquet_source_only_what_is_read_travels(
+    s3: S3,
+    tiny_settings: TinySettings,
+    tiny_source: TinySource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A column that nobody asks for stays where it is, and nothing is kept on this machine."""
+    bucket = s3.bucket("wide-source")
+    columns = parquet.read_table(tiny_source.items)
+    pictures = [os.urandom(200_000) for _ in range(columns.num_rows)]
+    parquet.write_table(columns.append_column("picture", pa.array(pictures)), tmp_path / "wide.parquet")
+    upload(tmp_path / "wide.parquet", f"{bucket}/items.parquet")
+    monkeypatch.setattr("hllm.objects.BLOCK_BYTES", 64 << 10)
+    fetched: list[int] = []
+    fetch = objects._Ranges._fetch
+    monkeypatch.setattr(
+        objects._Ranges,
+        "_fetch",
+        lambda self, start, count: fetched.append(count) or fetch(self, start, count),
+    )
+    settings = tiny_settings(**{"data.items": f"{bucket}/items.parquet"})
+    output = run_steps(settings, "ingest")
+    assert file_digests(output) == file_digests(run_steps(tiny_settings(tmp_path / "local"), "ingest"))
+    assert 0 < sum(fetched) < 1_000_000
+    assert sum(map(len, pictures)) == 12_000_000
 
 
 def test_outputs_in_s3_reach_another_machine(

@@ -101,6 +101,8 @@ def packed_histories(
     rest. Rows that begin with the same event are the same history at different times: where the model counts
     positions from the first event, the longest is encoded for all of them.
     """
+    if len(lengths_R) and np.min(lengths_R) < 1:
+        raise ValueError("histories are never empty")
     known = getattr(model, "max_history", None)
     if known:  # ID-based families know as many positions as their windows were long, counted from the latest
         skipped_R = np.maximum(lengths_R - known, 0)

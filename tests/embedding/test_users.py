@@ -93,6 +93,21 @@ def test_a_history_longer_than_sasrec_was_trained_on_counts_by_its_last_events(t
     np.testing.assert_allclose(whole, last, atol=1e-6)
 
 
+def test_an_empty_history_is_a_mistake_and_not_its_neighbours_vector(parts):
+    model, items = parts
+    with pytest.raises(ValueError, match="never empty"):
+        vectors_of_histories(
+            model,
+            items,
+            np.arange(9),
+            UNKNOWN_TIMES,
+            np.array([0, 3, 3]),
+            np.array([3, 0, 4]),
+            UNKNOWN_TIMES[:3],
+            2,
+        )
+
+
 def test_a_history_asked_about_at_many_moments_is_encoded_once(trained: Trained, prepared: Prepared):
     """A temporal split asks about a user's every event of the test period."""
     model = load_user_model(trained["train-hllm-2"])

@@ -67,6 +67,27 @@ def test_every_setting_has_a_docstring(dotted: str):
     assert described.endswith((".", ")", "?")), f"the docstring of {dotted} is not a sentence: {described}"
 
 
+def test_the_page_about_the_papers_names_what_there_is():
+    """Paths, functions and settings of docs/paper.md, whoever renames them."""
+    page = (REPOSITORY / "docs" / "paper.md").read_text("utf-8")
+    source = "\n".join(path.read_text("utf-8") for path in (REPOSITORY / "hllm").rglob("*.py"))
+    names = re.findall(r"`([^`\n]+)`", page)
+    paths = [name for name in names if re.fullmatch(r"[\w/.-]+\.(?:py|md|toml)", name) and "/" in name]
+    assert len(paths) > 25
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    dotted_keys = set(settings_module._all_keys(Settings))
+    keys = dotted_keys | {dotted.split(".")[-1] for dotted in dotted_keys}
+    for row in re.findall(r"^\| (?!part|stage).*\|$", page, re.MULTILINE):
+        cells = row.strip("|").split("|")
+        for name in re.findall(r"`([A-Za-z_][\w.]*)`", cells[1]):
+            last = name.split(".")[-1]
+            known = last in ("py", "toml") or re.search(rf"(?:def|class) {last}\b|self\.{last}\b", source)
+            assert known, f"docs/paper.md: {name}"
+        for name in re.findall(r"`([a-z][\w.*]*)(?: = [^`]*)?`", cells[2] if len(cells) > 2 else ""):
+            found = name in keys or settings_module._section_at(name) or name.replace("*", "stage1") in keys
+            assert found or name.startswith("hllm"), f"docs/paper.md: {name} is no setting"
+
+
 def _values(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:  # type: ignore[type-arg]
     for name, value in tree.items():
         if isinstance(value, dict):

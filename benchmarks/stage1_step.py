@@ -122,7 +122,9 @@ def compare_occurrences(what: str, prepared: Prepared, size: Size, figures: Figu
     check({way: step() for way, step in ways.items()})
     times = interleaved(ways, size.repeats)
     ratio = times["no padding"].median / times["ours"].median
-    figures.add(f"{what}, one thread", f"{spread}; {times['ours']} against {times['no padding']}")
+    shown = f"{times['ours']} against {times['no padding']}"
+    figures.add(f"{what}, one thread", f"{spread}; {shown}")
+    print(shown)
     figures.claim(
         f"{what}, one thread: our stage-1 step against every occurrence with the head",
         f"{ratio:.1f} times as fast",

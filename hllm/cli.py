@@ -324,6 +324,9 @@ def plan(config: Config = None, set: Set = None, debug: Debug = False) -> None:
 @app.command()
 def compare(
     file: Annotated[Path, typer.Argument(help="Comparison file (TOML): models, seeds, budget.")],
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="A seed instead of the file's; may be repeated.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would run.")] = False,
     set: Set = None,
     debug: Debug = False,
@@ -332,7 +335,7 @@ def compare(
     with _command(debug):
         from hllm.comparison.compare import compare as act
 
-        act(file, tuple(set or ()), dry_run)
+        act(file, tuple(set or ()), tuple(seed or ()), dry_run)
 
 
 @app.command()

@@ -16,14 +16,18 @@ from hllm.errors import ConfigError
 STEP = "compare"
 
 
-def compare(path: Path, overrides: tuple[str, ...] = (), dry_run: bool = False) -> Path | None:
+def compare(
+    path: Path, overrides: tuple[str, ...] = (), seeds: tuple[int, ...] = (), dry_run: bool = False
+) -> Path | None:
     """Train and evaluate what is not done yet, then write the table and the page, and log both to MLflow.
+
+    `overrides` (`a.b=c`) go to every model; `seeds`, if any, are taken instead of the file's.
 
     Raises:
         ConfigError, DataError, InfraError: the file is wrong, or a step failed; the same command goes on.
         Terminated: SIGTERM arrived; the same command goes on.
     """
-    comparison = read(path, overrides)
+    comparison = read(path, overrides, seeds)
     found = pipelines(comparison)
     _same_headline(path, found)
     if dry_run:

@@ -109,8 +109,9 @@ class _File(BaseModel):
     axis: str = ""
 
 
-def read(path: Path, overrides: tuple[str, ...] = ()) -> Comparison:
-    """The comparison that a file describes; `overrides` (`a.b=c`) go to every model and win.
+def read(path: Path, overrides: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> Comparison:
+    """The comparison that a file describes; `overrides` (`a.b=c`) go to every model and win, `seeds` replace
+    the file's.
 
     Raises:
         ConfigError: the file is missing or says something else than a comparison, a model changes the budget,
@@ -138,7 +139,7 @@ def read(path: Path, overrides: tuple[str, ...] = ()) -> Comparison:
     comparison = Comparison(
         path.stem,
         config,
-        found.seeds,
+        seeds or found.seeds,
         tuple(map(Metric.of, found.metrics)),
         tuple(entries),
         found.reference or entries[0].name,

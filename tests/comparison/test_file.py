@@ -51,6 +51,7 @@ def test_a_model_is_the_file_then_its_own_settings_then_the_budget_then_the_comm
     assert comparison.settings(second, 17).train.sasrec.lr == 2e-3
     assert comparison.settings(second, 17).train.stage1.steps == 7
     assert (first.label, second.label, comparison.reference) == ("hllm-2", "sasrec-1", "first: a=b")
+    assert (comparison.seeds, read(write(TWO), seeds=(5,)).seeds) == ((17, 18, 19), (5,))
     assert settings.model.baselines == ()  # each family is a model of its own
 
 

@@ -26,6 +26,13 @@ def test_publishing_writes_the_same_bytes_as_feast(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("benchmark", ["latency", "rollback"])
+def test_reading_and_rolling_back_are_measured(benchmark: str, tmp_path: Path) -> None:
+    """The first ends with an error when Feast and the straight reader read different vectors."""
+    assert any(row["claim"] for row in figures_of(benchmark, tmp_path))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", ["stage1_step", "encode", "stage2_step", "ranking"])
 def test_both_sides_compute_the_same(benchmark: str, tmp_path: Path) -> None:
     """The benchmarks end with an error when losses, gradients or vectors of the two sides differ."""

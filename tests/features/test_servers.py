@@ -1,9 +1,13 @@
 """The same promises on Redis and PostgreSQL, started as real servers on this machine."""
 
+from datetime import UTC, datetime, timedelta
+
 import numpy as np
 import pytest
 
 from hllm.errors import ConfigError, DataError, InfraError
+from hllm.features.export import USER, Export
+from hllm.features.offline import count_offline, remove_offline, write_offline
 from hllm.features.publish import publication_folder, publish
 from hllm.features.store import describe
 from hllm.features.verify import verify
@@ -39,6 +43,20 @@ def test_postgres_serves_online_offline_and_the_registry(postgres, tmp_path):
         registry=registry,
     )
     _publish_two_versions(settings, tmp_path)
+    _refresh_and_retire_offline(settings, tmp_path)
+
+
+def _refresh_and_retire_offline(settings, folder) -> None:
+    """Rows of a refresh stand beside the publication's, however often they are written."""
+    export = Export.open(folder / "root" / "embed-hllm-3" / "key0")
+    at = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    options = {"version": 1, "at": at, "scratch": folder, "part": "users-0001"}
+    for _ in range(2):
+        write_offline(settings, export, USER, **options)
+    assert count_offline(settings, USER, 1, at, folder, "users-0001") == 60
+    verify(settings, "1")  # the publication's own rows are all there
+    assert [remove_offline(settings, USER, 1) for _ in range(2)] == [1, 0]
+    assert count_offline(settings, USER, 1, at, folder, "users-0001") == 0
 
 
 def test_a_server_that_does_not_answer_is_an_infra_error(tmp_path):

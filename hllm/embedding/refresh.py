@@ -131,7 +131,8 @@ class Log:
         until: int,
     ) -> None:
         self.db, self.vectors_ID = db, vectors_ID
-        items = pa.table({"item_id": item_ids, "item_index": pa.array(range(len(item_ids)), pa.int32())})
+        places = pa.array(np.arange(len(item_ids), dtype=np.int32))
+        items = pa.table({"item_id": item_ids, "item_index": places})
         db.register("known_items", items)
         db.execute(
             f"""
@@ -184,7 +185,7 @@ class Log:
             for shard, begin in enumerate(range(0, count, embed.shard_users)):
                 path, end = output / f"users-{shard:05d}.parquet", begin + embed.shard_users
                 here = f"number >= {begin} AND number < {end}"
-                users: pa.Table = self.db.execute(
+                users = self.db.sql(
                     f"SELECT user_id, events, last_event_time FROM chosen WHERE {here} ORDER BY number"
                 ).to_arrow_table()
                 if path.exists():

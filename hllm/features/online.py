@@ -111,7 +111,8 @@ def require_room_for(settings: Settings, vectors: Vectors, version: int) -> None
         rows = rows_of(settings, entity, version)
         first = next(vectors.batches(entity, 100))
         if sum(map(bool, rows.vector_lengths(redis, first.ids))) < len(first.ids):
-            each = len(rows.commands(first, version, now)) // len(first.ids)
+            # In a hash that is not kept compact, a row takes about twice its content.
+            each = 2 * len(rows.commands(first, version, now)) // len(first.ids)
             require_room(redis, vectors.rows(entity), each, f"redis {settings.feast.online_url}")
 
 

@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	@command -v $(PYTHON) >/dev/null || { echo "HLLM needs CPython 3.11 ($(PYTHON) not found; say make PYTHON=/path/to/python3.11)"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { echo "python3.11 cannot make virtual environments: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[airflow,test,bench,dev]'
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed  # has no wheels; reads the torch above
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-data.txt
 	@touch $@
 

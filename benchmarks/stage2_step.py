@@ -28,7 +28,8 @@ from hllm.models.recommender import Recommender
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Stage
 from hllm.training.batches import Batches
-from hllm.training.loop import in_bf16, parameter_groups
+from hllm.training.loop import in_bf16
+from hllm.training.updates import parameter_groups
 
 WAYS = ("stage 1", "stage 2", "SASRec 576", "SASRec 64")
 

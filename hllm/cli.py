@@ -15,8 +15,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from hllm import launch
 from hllm import settings as settings_module
 from hllm.errors import ConfigError, HLLMError, InfraError, Terminated
+from hllm.processes import told
 from hllm.settings import Settings
 from hllm.steps import FAMILIES, embed_name, execute, limit_threads, terminate, train_name
 
@@ -378,7 +380,10 @@ def _step(name: str, config: Path | None, overrides: list[str] | None, force: bo
 
 
 def _run(name: str, settings: Settings, force: bool) -> None:
-    outcome = execute(name, settings, force)
+    launch.die_with_parent()
+    outcome = execute(name, settings, force, argv=sys.argv[1:])
+    if told() and ("HLLM_LAUNCHED" in os.environ or os.environ["RANK"] != "0"):
+        return  # one of several processes: another says how it went
     manifest, where = outcome.manifest, f"{settings.run.root}/{name}/{outcome.manifest.key}"
     rows = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in manifest.rows.items())
     if outcome.reused:
@@ -447,6 +452,12 @@ def _leave(line: str, result: object = None) -> None:
     """The termination message, Kubernetes' way to hand a few words to whoever started a container (Airflow's
     local runner does the same): one line for people, and perhaps one of JSON for the tasks that follow."""
     log = Path(os.environ.get("HLLM_TERMINATION_LOG", "/dev/termination-log"))
+    if "HLLM_LAUNCHED" in os.environ:  # for whoever started us, who chooses among several
+        log = log.with_name(f"{log.name}.{os.environ['RANK']}")
     if log.exists() or "HLLM_TERMINATION_LOG" in os.environ:
         with contextlib.suppress(OSError):
             log.write_text(line + "\n" + (json.dumps(result) + "\n" if result is not None else ""), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

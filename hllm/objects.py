@@ -190,17 +190,17 @@ def head_object(location: str, client: Any = None) -> Mapping[str, Any]:
         return found
 
 
-def list_objects(location: str) -> list[str]:
+def list_objects(location: str, client: Any = None) -> list[str]:
     """Every object under a prefix, page by page."""
     bucket, prefix = split_s3(location)
     with s3_errors(location):
-        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        lister = (client or s3_client()).get_paginator("list_objects_v2")
+        pages = lister.paginate(Bucket=bucket, Prefix=prefix)
         return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
 
 
-def delete_objects(locations: Iterable[str]) -> None:
+def delete_objects(locations: Iterable[str], client: Any = None) -> None:
     """Objects that are gone already are no error."""
-    client = None
     for location in locations:
         client = client or s3_client()
         bucket, key = split_s3(location)

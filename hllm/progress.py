@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from hllm.processes import place
+
 T = TypeVar("T")
 LOG_SECONDS = 10.0
 
@@ -22,7 +24,7 @@ class Progress:
         self.done = self.first = start
         self.started = self.spoke = time.monotonic()
         self.values: dict[str, float] = {}
-        self.tty = sys.stderr.isatty()
+        self.tty = sys.stderr.isatty() and place().first
 
     def __enter__(self) -> Progress:
         return self
@@ -65,6 +67,8 @@ class Progress:
         sys.stderr.flush()
 
     def _line(self) -> None:
+        if not place().first:
+            return
         rate, left = self._figures()
         values = "".join(f" {name}={value:.4g}" for name, value in self.values.items())
         ends = f" total={self.total} seconds_left={left:.0f}" if self.total else ""

@@ -37,7 +37,9 @@ class Run(Section):
     seed: int = 17
     """Seeds weights, batches, negatives and bootstrap samples."""
     threads: int = Field(0, ge=0)
-    """CPU threads for PyTorch and DuckDB; 0 means every core."""
+    """CPU threads for PyTorch and DuckDB, in each process; 0 means every core."""
+    processes: int = Field(0, ge=0)
+    """Processes of `train`, `embed` and `evaluate` on each machine; 0 means one for each GPU, or one."""
 
 
 class Columns(Section):
@@ -242,6 +244,15 @@ class Stage(Section):
     """Minutes between checkpoints; SIGTERM writes one too. With outputs in S3 they go there as well."""
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints that are kept: the newest, and those before it in case it turns out to be damaged."""
+    accumulate: int = Field(1, ge=1)
+    """Parts in which a step's items and windows pass the models, one after another, so that less memory holds
+    the same batch. Loss and gradients are those of the whole: all parts share the negatives. The items are
+    read twice for it."""
+    gradient_checkpointing: bool = False
+    """Compute the layers of both LLMs again in the backward pass instead of remembering what was inside
+    them: less memory, a third more work."""
+    compile: bool = False
+    """Compile the layers of both LLMs by `torch.compile`: the first steps take minutes, the others less."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass (weights and loss stay fp32); `auto`: bf16 where the
     processor has it."""
@@ -251,6 +262,9 @@ class Train(Section):
     share: float = Field(1.0, gt=0, le=1)
     """Share of the users whose events train, drawn at random (`run.seed`); everybody's held-out events are
     ranked all the same. For data scaling."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """How much of a training every process holds only a share of, by DeepSpeed's ZeRO: nothing (0: plain data
+    parallelism), moments (1), gradients too (2), weights too (3). The results are the same."""
     stage1: Stage = Stage(history_length=10, batch_size=32)
     """End to end: both LLMs, short histories."""
     stage2: Stage = Stage(history_length=200, batch_size=32)

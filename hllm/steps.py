@@ -11,13 +11,14 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import hllm
+from hllm import launch, processes
 from hllm.artifacts import (
     WORK,
     Manifest,
@@ -46,6 +47,8 @@ class Step:
     key."""
     run: str
     """`module:function`, imported only when the step really runs: `function(context) -> None`."""
+    shared: bool = False
+    """Whether several processes can share the work (`run.processes`)."""
     revision: int = 1
     """Raised when the step's code changes what it writes."""
 
@@ -140,6 +143,7 @@ def steps(settings: Settings) -> dict[str, Step]:
                     ("prepare", *cache),
                     decides,
                     "hllm.training.train:train",
+                    shared=True,
                 )
             )
             evaluated.append(train_name(family, stage))
@@ -152,6 +156,7 @@ def steps(settings: Settings) -> dict[str, Step]:
                         ("prepare", train_name(family, 1)),
                         ("embed.shard_items",),
                         "hllm.embedding.items:embed_items",
+                        shared=True,
                     )
                 )
                 evaluated.append(embed_name(family, 1))
@@ -165,6 +170,7 @@ def steps(settings: Settings) -> dict[str, Step]:
             tuple(dict.fromkeys(("prepare", train_name(main, 1), embed_name(main, 1), last))),
             ("embed.max_history", "embed.shard_users"),
             "hllm.embedding.export:export",
+            shared=True,
         )
     )
     if settings.ranking.test_from:
@@ -186,6 +192,7 @@ def steps(settings: Settings) -> dict[str, Step]:
             ("prepare", *evaluated),
             ("evaluation", "run.seed", "embed.max_history", "model.family"),
             "hllm.evaluation.evaluate:evaluate",
+            shared=True,
         )
     )
     return {step.name: step for step in found}
@@ -256,12 +263,12 @@ class Context:
 
     def has(self, path: Path) -> bool:
         """Whether a part of the output is made already, by this run or an earlier one, here or elsewhere."""
-        if path.exists():
-            return True
-        if self.store.bring(self.step.name, self.key, path.name):
-            self.carried.add(path.name)
-            return True
-        return False
+        found = False
+        if processes.place().first and not (found := path.exists()):
+            found = self.store.bring(self.step.name, self.key, path.name)
+            if found:
+                self.carried.add(path.name)
+        return processes.any_of(found)
 
     def keep(self, path: Path) -> None:
         """A part of the output is whole: in S3 it is safe at once, and the step continues after it."""
@@ -278,7 +285,10 @@ class Context:
         return self.output / "curves.jsonl"
 
     def log(self, values: Mapping[str, float], at: int) -> None:
-        """One point of each curve: kept in the output's `curves.jsonl` and sent to MLflow."""
+        """One point of each curve: kept in the output's `curves.jsonl` and sent to MLflow, by the first
+        process."""
+        if not processes.place().first:
+            return
         with self.curves.open("a", encoding="utf-8") as file:
             file.write(
                 json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n"
@@ -323,8 +333,11 @@ class Outcome:
     reused: bool
 
 
-def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
-    """Run one step, or find that it has been done.
+def execute(
+    name: str, settings: Settings, force: bool = False, argv: Sequence[str] | None = None
+) -> Outcome:
+    """Run one step, or find that it has been done. `argv`: the command line that asked for it, with which
+    several processes can be started.
 
     Raises:
         ConfigError: there is no such step with these settings.
@@ -347,20 +360,37 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
                 "`hllm plan` shows what is missing.",
             )
     limit_threads(settings)
+    count = launch.wanted(settings) if step.shared and argv is not None else 0
+    if argv is not None and count:
+        launch.run(count, argv, settings.runner.grace_seconds)
+        return Outcome(_finished(store, name, key), reused=False)
+    with processes.joined(alone_too=name.startswith("train-") and settings.train.zero > 0) as place:
+        if place.first:
+            outcome = _lead(step, settings, store, all_keys, force)
+        else:
+            inputs = _fetch(step, store, all_keys)
+            context = Context(settings, step, key, inputs, store.folder(name, key), store)
+            _load(step.run)(context)
+        processes.barrier()  # until the first has written the manifest
+        return outcome if place.first else Outcome(_finished(store, name, key), reused=False)
+
+
+def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, str], force: bool) -> Outcome:
+    """The only process of a step, or the first of several: it alone locks, records and finishes."""
+    from hllm.registry.tracking import child_run
+
+    name, key = step.name, all_keys[step.name]
     with store.lock(name, key):
-        inputs = {need: store.fetch(need, all_keys[need]) for need in step.needs}
+        inputs = _fetch(step, store, all_keys)
         output = store.folder(name, key)
         if force:
             store.forget(name, key)
         output.mkdir(parents=True, exist_ok=True)
         context = Context(settings, step, key, inputs, output, store)
         meter = Meter()
-        from hllm.registry.tracking import child_run
-
-        with child_run(settings, pipeline_key(all_keys), step.name, settings_of(step, settings)) as tracker:
+        with child_run(settings, pipeline_key(all_keys), name, settings_of(step, settings)) as tracker:
             context.tracker = tracker
-            function = _load(step.run)
-            function(context)
+            _load(step.run)(context)
             clear(output / WORK)
             files = file_digests(output, exclude=(WORK,))
             manifest = Manifest(
@@ -381,6 +411,26 @@ def execute(name: str, settings: Settings, force: bool = False) -> Outcome:
         store.finish(manifest, context.carried)
         store.clear_work(name, key)
     return Outcome(manifest, reused=False)
+
+
+def _fetch(step: Step, store: Store, all_keys: Mapping[str, str]) -> dict[str, Path]:
+    """The inputs as local folders. One process of each machine downloads them, the others find them there."""
+    for turn in (True, False):
+        if turn == (processes.place().local_rank == 0):
+            inputs = {need: store.fetch(need, all_keys[need]) for need in step.needs}
+        processes.barrier()
+    return inputs
+
+
+def _finished(store: Store, name: str, key: str) -> Manifest:
+    found = store.manifest(name, key)
+    if found is None:
+        raise ConfigError(
+            "the first process has finished the step, and its output is not here",
+            where=store.location(name, key),
+            remedy="Several machines need a run.root that all of them see: s3:// or a shared folder.",
+        )
+    return found
 
 
 def limit_threads(settings: Settings) -> None:

@@ -18,6 +18,7 @@ from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError, Terminated
 from hllm.models.load import load_user_model
 from hllm.models.package import write_package
+from hllm.processes import any_of, device, place
 from hllm.progress import Progress
 from hllm.steps import Context, embed_name, stages_of, train_name
 
@@ -40,11 +41,13 @@ def export(context: Context) -> None:
             where="embed",
             remedy="Run embed --stage 1 again.",
         )
+    users = _export_users(context, prepared, train, item_vectors)
+    if not place().first:
+        return
     _write(
         context.output / "items.parquet",
         {"item_id": ids.combine_chunks(), "vector": vector_column(item_vectors)},
     )
-    users = _export_users(context, prepared, train, item_vectors)
     titles = prepared.item_table(["item_id", "title"])
     write_package(
         context.output / "package", train, np.asarray(item_vectors), titles, settings.embed.max_history
@@ -64,7 +67,7 @@ def _export_users(
 ) -> int:
     """Users with at least one event, from their whole history; returns how many."""
     settings = context.settings.embed
-    model = load_user_model(train)
+    model = load_user_model(train).to(device())
     offsets, ids = (
         np.asarray(prepared.user_offsets),
         prepared.user_table(["user_id"])["user_id"].combine_chunks(),
@@ -97,17 +100,18 @@ def _export_users(
                     where="embed --stage 3",
                     examples=ids.take(pa.array(users[~np.isfinite(vectors).all(1)][:3])).to_pylist(),
                 )
-            _write(
-                path,
-                {
-                    "user_id": ids.take(pa.array(users)),
-                    "vector": vector_column(vectors),
-                    "events": pa.array(ends - offsets[users], pa.int64()),
-                    "last_event_time": pa.array(np.asarray(prepared.event_times[ends - 1]), pa.int64()),
-                },
-            )
-            context.keep(path)
-            if stopping.is_set() and begin + len(users) < len(active):
+            if place().first:
+                _write(
+                    path,
+                    {
+                        "user_id": ids.take(pa.array(users)),
+                        "vector": vector_column(vectors),
+                        "events": pa.array(ends - offsets[users], pa.int64()),
+                        "last_event_time": pa.array(np.asarray(prepared.event_times[ends - 1]), pa.int64()),
+                    },
+                )
+                context.keep(path)
+            if any_of(stopping.is_set()) and begin + len(users) < len(active):
                 raise Terminated
     return len(active)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
-from hllm.models.items import IdItems
+from hllm.models.items import IdItems, TextItems
 from hllm.models.load import load_item_model
+from hllm.processes import any_of, device, place, total, turns
 from hllm.progress import Progress
 from hllm.steps import Context
 
@@ -53,32 +55,48 @@ def embed_items(context: Context) -> None:
     """Step: encode every item with the trained item side. A finished shard is never encoded again."""
     prepared = Prepared.open(context.inputs["prepare"])
     train = next(path for need, path in context.inputs.items() if need.startswith("train-"))
-    model = load_item_model(train, prepared)
+    model = load_item_model(train, prepared).to(device())
     shard_items, width = context.settings.embed.shard_items, model.width
     with Progress("embed items", prepared.items, "item") as progress, context.graceful() as stopping:
         for number, start in enumerate(range(0, prepared.items, shard_items)):
             end = min(start + shard_items, prepared.items)
             path = context.output / SHARD.format(number)
             if not context.has(path):
-                vectors = np.empty((end - start, width), np.float32)
-                for items in batches_by_tokens(
-                    prepared, start, end, context.settings.embed.tokens_per_batch, model
-                ):
-                    with torch.inference_mode():
-                        vectors[items - start] = model(items).float().numpy()
-                    progress.advance(len(items))
+                tokens = context.settings.embed.tokens_per_batch
+                vectors = encoded(model, prepared, start, end, tokens, progress.advance)
                 _refuse_bad(vectors, start)
-                partial = path.with_name(f".{path.name}")
-                with partial.open("wb") as file:
-                    np.save(file, vectors, allow_pickle=False)
-                os.replace(partial, path)
-                context.keep(path)
+                if place().first:
+                    _write(path, vectors)
+                    context.keep(path)
             else:
                 progress.advance(end - start)
-            if stopping.is_set() and end < prepared.items:
+            if any_of(stopping.is_set()) and end < prepared.items:
                 raise Terminated
     context.rows = {"items": prepared.items}
     context.facts = {"width": width}
+
+
+def encoded(
+    model: TextItems | IdItems,
+    prepared: Prepared,
+    start: int,
+    end: int,
+    tokens_per_batch: int,
+    advance: Callable[[int], None] = lambda items: None,
+) -> npt.NDArray[np.float32]:
+    """(end - start, D) vectors of the items [start, end), unit length. Processes share the work, and all have
+    the result."""
+    vectors = np.zeros((end - start, model.width), np.float32)
+    batches = batches_by_tokens(prepared, start, end, tokens_per_batch, model)
+    with torch.no_grad():  # not inference_mode: ZeRO 3 keeps what it gathers here
+        for number, mine in turns(len(batches)):
+            items = batches[number]
+            found = model(items).float().cpu().numpy()
+            if mine:
+                vectors[items - start] = found
+            advance(len(items) * place().size)
+    total(vectors)
+    return vectors
 
 
 def batches_by_tokens(
@@ -92,6 +110,13 @@ def batches_by_tokens(
     order = np.argsort(lengths, kind="stable")
     cuts = np.flatnonzero(np.diff((np.cumsum(lengths[order]) - 1) // tokens_per_batch)) + 1
     return np.split(items[order], cuts)
+
+
+def _write(path: Path, vectors: npt.NDArray[np.float32]) -> None:
+    partial = path.with_name(f".{path.name}")
+    with partial.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)
+    os.replace(partial, path)
 
 
 def _refuse_bad(vectors: npt.NDArray[np.float32], start: int) -> None:

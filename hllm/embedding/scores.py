@@ -7,8 +7,9 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.embedding.users import Floats, Ints, packed_histories
-from hllm.models.packing import ragged
+from hllm.models.packing import on_device, ragged
 from hllm.models.users import DecoderUser
+from hllm.processes import total
 
 CANDIDATES_AT_ONCE = 4_096
 """Bounds memory. A history with more candidates than this is encoded again for the next so many."""
@@ -62,7 +63,7 @@ def scores_of_candidates(
 ) -> Floats:
     """Probabilities of candidates (item indices), `counts_R` of them for each history event_items[start :
     start + length], one history after another: (P,), 0 to 1. Histories are never empty."""
-    scores_P = np.empty(len(candidates_P), np.float32)
+    scores_P = np.zeros(len(candidates_P), np.float32)
     counts_R = np.asarray(counts_R, np.int64)
     firsts_R = np.cumsum(counts_R) - counts_R
     asking = np.flatnonzero(counts_R)
@@ -76,8 +77,8 @@ def scores_of_candidates(
         asked_R[asking],
         _histories_at_once(starts_R[asking], counts_R[asking], batch),
     )
-    with torch.inference_mode():
-        for found, after_Q, inputs_TD, history in batches:
+    with torch.no_grad():  # not inference_mode: ZeRO 3 keeps what it gathers here
+        for mine, found, after_Q, inputs_TD, history in batches:
             rows = asking[found]
             asked_Q = np.asarray(asked_R[rows], np.int64)
             question_P = np.repeat(np.arange(len(rows)), counts_R[rows])
@@ -85,11 +86,21 @@ def scores_of_candidates(
             for begin in range(0, len(places), CANDIDATES_AT_ONCE):
                 part = slice(begin, begin + CANDIDATES_AT_ONCE)
                 items = np.asarray(candidates_P[places[part]], np.int64)
-                candidates_PD = torch.from_numpy(np.asarray(item_vectors_ID[items], np.float32))
-                logits_P = model.scores(
-                    inputs_TD, history, candidates_PD, items, question_P[part], after_Q, asked_Q
+                candidates_PD = on_device(
+                    np.asarray(item_vectors_ID[items], np.float32), inputs_TD.device
                 )
-                scores_P[places[part]] = logits_P.sigmoid().numpy()
+                logits_P = model.scores(
+                    inputs_TD,
+                    history,
+                    candidates_PD,
+                    items,
+                    question_P[part],
+                    after_Q,
+                    asked_Q,
+                )
+                if mine:
+                    scores_P[places[part]] = logits_P.sigmoid().float().cpu().numpy()
+    total(scores_P)
     return scores_P
 
 

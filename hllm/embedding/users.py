@@ -12,7 +12,8 @@ from torch import nn
 
 from hllm.data.prepared import Prepared
 from hllm.models.history import UNKNOWN_TIME, History
-from hllm.models.packing import Packing, ragged
+from hllm.models.packing import Packing, on_device, ragged
+from hllm.processes import place, total, turns
 
 Ints = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float32]
@@ -61,21 +62,25 @@ def vectors_of_histories(
 
     The vector is the predicted next interest, which ranks a catalogue. A model of late fusion has another
     one, its output at [USER]: with `published`, the vector that other models are to read.
+
+    Processes share the work, and all have the result.
     """
     read: Any = model.user_token_vectors if published and has_user_token(model) else None
-    vectors_RD = np.empty((len(starts_R), item_vectors_ID.shape[1]), np.float32)
+    vectors_RD = np.zeros((len(starts_R), item_vectors_ID.shape[1]), np.float32)
     batches = packed_histories(
         model, item_vectors_ID, event_items, event_times, starts_R, lengths_R, asked_R, batch
     )
-    with torch.inference_mode():
-        for rows, ends, inputs_TD, history in batches:
+    with torch.no_grad():  # not inference_mode: ZeRO 3 keeps what it gathers here
+        for mine, rows, ends, inputs_TD, history in batches:
             if read:
                 found = read(inputs_TD, history, ends, np.asarray(asked_R)[rows])
             else:
-                found = model(inputs_TD, history)[torch.from_numpy(ends)]
-            vectors_RD[rows] = found.float().numpy()
+                found = model(inputs_TD, history)[on_device(ends, inputs_TD.device)]
+            if mine:
+                vectors_RD[rows] = found.float().cpu().numpy()
             if advance:
-                advance(len(rows))
+                advance(len(rows) * place().size)
+    total(vectors_RD)
     return vectors_RD
 
 
@@ -93,9 +98,10 @@ def packed_histories(
     lengths_R: Ints,
     asked_R: Ints,
     batch: int,
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor, History]]:
-    """Batches of at most `batch` histories: the rows that they answer, the place of each row's last event,
-    the (T, D) vectors of their items, and the histories.
+) -> Iterator[tuple[bool, npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor, History]]:
+    """This process's batches of at most `batch` histories: whether it counts (`hllm.processes.turns`), the
+    rows that they answer, the place of each row's last event, the (T, D) vectors of their items, and the
+    histories.
 
     Short histories come with short ones, so a batch holds no padding and one long history does not slow the
     rest. Rows that begin with the same event are the same history at different times: where the model counts
@@ -115,8 +121,9 @@ def packed_histories(
     firsts_G = np.cumsum(counts_G) - counts_G
     longest_G = by_group[firsts_G + counts_G - 1]
     order = np.argsort(lengths_R[longest_G], kind="stable")
-    for begin in range(0, len(order), batch):
-        groups = order[begin : begin + batch]
+    where = device_of(model)
+    for number, mine in turns(-(-len(order) // batch)):
+        groups = order[number * batch : (number + 1) * batch]
         packing = Packing(np.asarray(lengths_R[longest_G[groups]], np.int64))
         positions = ragged(starts_G[groups], packing.lengths_S)
         items_T, times_T = (
@@ -126,8 +133,13 @@ def packed_histories(
         next_times_T[packing.last_S] = asked_R[longest_G[groups]]
         rows = by_group[ragged(firsts_G[groups], counts_G[groups])]
         yield (
+            mine,
             rows,
             np.repeat(packing.starts_S, counts_G[groups]) + lengths_R[rows] - 1,
-            torch.from_numpy(np.asarray(item_vectors_ID[items_T], np.float32)),
+            on_device(np.asarray(item_vectors_ID[items_T], np.float32), where),
             History(packing, items_T, times_T, next_times_T),
         )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -35,6 +35,7 @@ from hllm.evaluation.ranking import (
     training_counts,
 )
 from hllm.evaluation.segments import segments
+from hllm.processes import device, place
 from hllm.progress import Progress
 from hllm.settings import Settings
 from hllm.steps import Context, stages_of
@@ -68,9 +69,11 @@ def evaluate(context: Context) -> None:
             scores[label] = labelled_scores(context, label, prepared, judged, users_RD[rows], items_ID)
         with Progress(f"rank {label}", len(held_out), "event") as progress:
             ranks[label] = rank_by_vectors(users_RD, items_ID, held_out, label, advance=progress.advance)
-        if label == candidate:
+        if label == candidate and place().first:
             shown = examples(settings, prepared, held_out, ranks[label], users_RD, items_ID)
             _write_json(context.output / "examples.json", shown)
+    if not place().first:
+        return
     metrics = measure(settings, prepared, held_out, ranks, candidate)
     if judging:
         metrics["labelled"] = measure_labelled(settings, prepared, judged, scores, candidate)
@@ -105,7 +108,8 @@ def held_out_vectors(
 
     family = label.rpartition("-")[0]
     items_ID = ItemVectors.open(context.inputs[f"embed-{family}-1"]).matrix()
-    model, embed = load_user_model(context.inputs[f"train-{label}"]), context.settings.embed
+    model = load_user_model(context.inputs[f"train-{label}"]).to(device())
+    embed = context.settings.embed
     users_RD = held_out_user_vectors(
         model,
         items_ID,

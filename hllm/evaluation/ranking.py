@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
+from hllm.processes import place, total
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -117,7 +118,7 @@ def rank_by_vectors(
     block_items: int = BLOCK_ITEMS,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Ranks:
-    """Ranks by dot product.
+    """Ranks by dot product. Processes share the work, and all have the result.
 
     Raises:
         DataError: a vector is not finite or has no length, or the two tables do not fit the events.
@@ -134,8 +135,9 @@ def rank_by_vectors(
         )
     longest_item = lengths(items_ID, f"{what}: item vectors").max(initial=0.0)
     margin_R = rounding(lengths(users_RD, f"{what}: user vectors"), float(longest_item), users_RD.shape[1])
-    filtered, unfiltered = np.empty(len(held_out), np.int64), np.empty(len(held_out), np.int64)
-    for block in held_out.blocks(block_users):
+    filtered, unfiltered = np.zeros(len(held_out), np.int64), np.zeros(len(held_out), np.int64)
+    blocks = list(held_out.blocks(block_users))
+    for block in blocks[place().rank :: place().size]:
         users_BD, targets_B = users_RD[block], held_out.targets_R[block]
         scores_B = exact_scores(users_BD, items_ID, np.arange(len(targets_B)), targets_B)
         ahead_B = count_ahead(users_BD, items_ID, targets_B, scores_B, margin_R[block], block_items)
@@ -143,8 +145,8 @@ def rank_by_vectors(
         seen_ahead = exact_scores(users_BD, items_ID, rows, items) >= scores_B[rows]
         unfiltered[block] = 1 + ahead_B
         filtered[block] = unfiltered[block] - np.bincount(rows[seen_ahead], minlength=len(targets_B))
-        advance(len(targets_B))
-    return Ranks(filtered, unfiltered)
+        advance(len(targets_B) * place().size)
+    return Ranks(total(filtered), total(unfiltered))
 
 
 def count_ahead(

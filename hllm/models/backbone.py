@@ -158,6 +158,11 @@ def sees_ahead(decoder: Any) -> bool:
     return any(getattr(module, "is_causal", True) is False for module in decoder.modules())
 
 
+def layers_of(decoder: Any) -> Any:
+    """The stack of layers of a decoder, or of BERT."""
+    return decoder.encoder.layer if hasattr(decoder, "encoder") else decoder.layers
+
+
 def word_vectors(decoder: Any) -> Any:
     """(V, D) the word embeddings as the decoder's first layer receives them: some families (Gemma) scale
     them on the way, which a decoder fed with vectors does not do."""

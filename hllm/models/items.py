@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hllm.models.backbone import word_vectors
 from hllm.models.lora import merged_state
-from hllm.models.packing import Packing, ragged, run_packed, run_packed_to_last
+from hllm.models.packing import Packing, on_device, ragged, run_packed, run_packed_to_last
 
 # K distinct items, T tokens, D vector width
 Items = npt.NDArray[np.integer]
@@ -112,17 +112,17 @@ class TextItems(nn.Module):
         order = np.argsort(lengths, kind="stable")
         device = self.words.device
         tokens = self.token_ids[ragged(self.token_offsets[items_K[order]], lengths[order])]
-        words_TD = F.embedding(torch.from_numpy(tokens.astype(np.int64)).to(device), self.words)
+        words_TD = F.embedding(on_device(tokens.astype(np.int64), device), self.words)
         read = self._at_item_token if self.vector == "item_token" else self._mean
-        back = torch.from_numpy(np.argsort(order, kind="stable")).to(device)
+        back = on_device(np.argsort(order, kind="stable"), device)
         return read(words_TD, lengths[order])[back].float()
 
     def _at_item_token(self, words_TD: Tensor, lengths_K: npt.NDArray[np.int64]) -> Tensor:
         packing = Packing(lengths_K + 1)
         is_word = np.ones(packing.tokens, dtype=bool)
         is_word[packing.last_S] = False
-        word_positions = torch.from_numpy(np.flatnonzero(is_word)).to(words_TD.device)
-        item_positions = torch.from_numpy(packing.last_S).to(words_TD.device)
+        word_positions = on_device(np.flatnonzero(is_word), words_TD.device)
+        item_positions = on_device(packing.last_S, words_TD.device)
         inputs_TD = words_TD.new_empty(packing.tokens, self.width)
         inputs_TD = inputs_TD.index_copy(0, word_positions, words_TD)
         inputs_TD = inputs_TD.index_copy(
@@ -133,9 +133,9 @@ class TextItems(nn.Module):
     def _mean(self, words_TD: Tensor, lengths_K: npt.NDArray[np.int64]) -> Tensor:
         packing = Packing(lengths_K)
         hidden_TD = run_packed(self.decoder, words_TD, packing).float()
-        text_T = torch.from_numpy(packing.sequence_T).to(words_TD.device)
+        text_T = on_device(packing.sequence_T, words_TD.device)
         sums_KD = hidden_TD.new_zeros(len(lengths_K), self.width).index_add(0, text_T, hidden_TD)
-        return sums_KD / torch.from_numpy(lengths_K).to(sums_KD)[:, None]
+        return sums_KD / on_device(lengths_K.astype(np.float32), sums_KD.device)[:, None]
 
     def full_state(self) -> dict[str, Tensor]:
         """Weights with the whole vocabulary and without adapters, as they are saved and loaded."""
@@ -157,9 +157,7 @@ class IdItems(nn.Module):
     def forward(self, items_K: Items) -> Tensor:
         """(K,) -> (K, D), unit length."""
         return F.normalize(
-            F.embedding(
-                torch.from_numpy(np.asarray(items_K, dtype=np.int64)).to(self.table.device), self.table
-            ),
+            F.embedding(on_device(np.asarray(items_K, dtype=np.int64), self.table.device), self.table),
             dim=-1,
         )
 
@@ -175,7 +173,10 @@ class CachedItems(nn.Module):
         super().__init__()
         self.vectors = vectors_ID
         self.width = vectors_ID.shape[1]
+        # Moves with the model, and so says where the vectors are wanted.
+        self.here: Tensor
+        self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, items_K: Items) -> Tensor:
-        """(K,) -> (K, D)."""
-        return torch.from_numpy(np.asarray(self.vectors[items_K], dtype=np.float32))
+        """(K,) -> (K, D). The catalogue stays where it is, mapped from disk: only a batch's rows travel."""
+        return on_device(np.asarray(self.vectors[items_K], dtype=np.float32), self.here.device)

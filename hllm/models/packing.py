@@ -52,6 +52,17 @@ class Packing:
     def starts_S(self) -> npt.NDArray[np.int64]:
         return np.cumsum(self.lengths_S) - self.lengths_S
 
+    def bounds(self, device: torch.device) -> Tensor:
+        """(S + 1,) where each sequence begins, and the end: int32, made once for all layers."""
+        if device not in self._bounds:
+            bounds = np.append(self.starts_S, self.tokens).astype(np.int32)
+            self._bounds[device] = on_device(bounds, device)
+        return self._bounds[device]
+
+    @cached_property
+    def _bounds(self) -> dict[torch.device, Tensor]:
+        return {}
+
     @cached_property
     def positions_T(self) -> npt.NDArray[np.int64]:
         """0, 1, 2, ... from each sequence's first token."""
@@ -66,6 +77,12 @@ class Packing:
     def sequence_T(self) -> npt.NDArray[np.int64]:
         """The sequence that each token belongs to."""
         return np.repeat(np.arange(len(self.lengths_S)), self.lengths_S)
+
+
+def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor there. The GPU fetches it by itself: this process does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def ragged(starts_S: npt.NDArray[np.integer], lengths_S: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
@@ -86,7 +103,27 @@ def attend(
 ) -> Tensor:
     """Attention within each sequence, to earlier positions or (`causal` false) to all: (H, T, E) -> same.
     Key and value may have fewer heads (grouped queries). With a window, a position sees only so many earlier
-    positions, itself among them."""
+    positions, itself among them.
+
+    Where flash attention can be had, it reads the flat tensors as they are. Elsewhere equal lengths are
+    computed together, one group after another. Both look only where they may.
+    """
+    half = flash_type(query_HTE, dropout)
+    if half is not None:
+        bounds, longest = packing.bounds(query_HTE.device), int(packing.lengths_S[-1])
+        out_THE = flash_kernel()(
+            query_HTE.transpose(0, 1).to(half),
+            key_HTE.transpose(0, 1).to(half),
+            value_HTE.transpose(0, 1).to(half),
+            bounds,
+            bounds,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(-1, -1) if not causal else (-1 if window is None else window - 1, 0),
+            enable_gqa=query_HTE.shape[0] != key_HTE.shape[0],
+        )
+        return out_THE.transpose(0, 1)
     sizes = [count * length for count, length in packing.groups]
     parts = []
     for (count, length), query, key, value in zip(
@@ -116,6 +153,26 @@ def attend(
         )
         parts.append(inside.transpose(0, 1).flatten(1, 2))
     return torch.cat(parts, dim=1)
+
+
+def flash_type(query: Tensor, dropout: float = 0.0) -> torch.dtype | None:
+    """The type in which flash attention would compute this, or None where it cannot: it wants a GPU of 2020
+    or later, bf16 or fp16 (also by autocast), no dropout, and heads of a width that is a multiple of 8 and
+    at most 256."""
+    if not query.is_cuda or dropout or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return None
+    cast = torch.is_autocast_enabled(query.device.type)
+    chosen = torch.get_autocast_dtype(query.device.type) if cast else query.dtype
+    if chosen not in (torch.bfloat16, torch.float16):
+        return None
+    return chosen if torch.cuda.get_device_capability(query.device)[0] >= 8 else None
+
+
+def flash_kernel() -> Any:
+    """PyTorch's own flash attention over sequences of different lengths; no other package is needed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def attend_within_sequences(
@@ -163,11 +220,11 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
     In the top layer nobody reads the other positions: they only need keys and values there, not queries,
     output projection and feed-forward. With the few layers of a small model that is nearly half of all work.
     """
-    last_S = torch.from_numpy(packing.last_S).to(inputs_TD.device)
+    last_S = on_device(packing.last_S, inputs_TD.device)
     window = getattr(decoder.config, "sliding_window", None) or packing.tokens
     if decoder.config.model_type not in LIKE_LLAMA or packing.groups[-1][1] > window:
         return run_packed(decoder, inputs_TD, packing)[last_S]
-    positions = torch.from_numpy(packing.positions_T).to(inputs_TD.device).unsqueeze(0)
+    positions = on_device(packing.positions_T, inputs_TD.device).unsqueeze(0)
     cosine, sine = decoder.rotary_emb(inputs_TD.unsqueeze(0), position_ids=positions)
     hidden = inputs_TD.unsqueeze(0)
     for layer in decoder.layers[:-1]:
@@ -187,6 +244,30 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
     value_THE = attention.v_proj(normed_TD).unflatten(-1, (-1, attention.head_dim))
     query_SHE = _rotate(query_SHE, cosine[0, last_S], sine[0, last_S])
     key_THE = _rotate(key_THE, cosine[0], sine[0])
+    attended_SD = _attend_from_last(query_SHE, key_THE, value_THE, packing, attention.scaling)
+    hidden_SD = hidden_TD[last_S] + attention.o_proj(attended_SD)
+    hidden_SD = hidden_SD + top.mlp(top.post_attention_layernorm(hidden_SD))
+    return decoder.norm(hidden_SD)
+
+
+def _attend_from_last(
+    query_SHE: Tensor, key_THE: Tensor, value_THE: Tensor, packing: Packing, scale: float
+) -> Tensor:
+    """What each sequence's last position reads of it: (S, H * E)."""
+    half = flash_type(query_SHE)
+    if half is not None:
+        device, every_S = query_SHE.device, len(packing.lengths_S)
+        return flash_kernel()(
+            query_SHE.to(half),
+            key_THE.to(half),
+            value_THE.to(half),
+            torch.arange(every_S + 1, dtype=torch.int32, device=device),
+            packing.bounds(device),
+            1,
+            int(packing.lengths_S[-1]),
+            scale=scale,
+            enable_gqa=query_SHE.shape[1] != key_THE.shape[1],
+        ).flatten(1)
     parts = []
     sizes = [count * length for count, length in packing.groups]
     counts = [count for count, _ in packing.groups]
@@ -198,13 +279,11 @@ def run_packed_to_last(decoder: Any, inputs_TD: Tensor, packing: Packing) -> Ten
             query.unsqueeze(2),
             key,
             value,
-            scale=attention.scaling,
+            scale=scale,
             enable_gqa=True,
         )
         parts.append(inside.flatten(1))
-    hidden_SD = hidden_TD[last_S] + attention.o_proj(torch.cat(parts))
-    hidden_SD = hidden_SD + top.mlp(top.post_attention_layernorm(hidden_SD))
-    return decoder.norm(hidden_SD)
+    return torch.cat(parts)
 
 
 def _rotate(heads_THE: Tensor, cosine_TE: Tensor, sine_TE: Tensor) -> Tensor:
@@ -216,7 +295,7 @@ def _rotate(heads_THE: Tensor, cosine_TE: Tensor, sine_TE: Tensor) -> Tensor:
 
 def run_packed(decoder: Any, inputs_TD: Tensor, packing: Packing | ProbedPacking) -> Tensor:
     """The decoder's last hidden states of a packed batch: (T, D) -> (T, D)."""
-    positions = torch.from_numpy(packing.positions_T).to(inputs_TD.device)
+    positions = on_device(packing.positions_T, inputs_TD.device)
     return decoder(
         inputs_embeds=inputs_TD.unsqueeze(0),
         position_ids=positions.unsqueeze(0),

@@ -4,7 +4,8 @@ and its pieces."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from hllm.models.fusion import classification
 from hllm.models.history import History
 from hllm.models.hstu import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
+from hllm.models.packing import Packing, on_device, ragged
 from hllm.models.probes import Probes
 from hllm.models.users import DecoderUser, SASRecUser
 
@@ -41,6 +43,35 @@ class Batch:
     """Numbers of the items' texts: equal where two items read the same."""
     labels_T: npt.NDArray[np.int8] | None = None
     """1, 0 or -1 (unknown) of every target's event; discriminative objectives need them."""
+    whole: Batch | None = None
+    """The batch that this one is a part of; its loss is a share of the whole's."""
+
+    @property
+    def distinct_K(self) -> npt.NDArray[np.int64]:
+        """(K,) every item that occurs, once, sorted."""
+        return np.unique(np.concatenate([self.history.items_T, self.targets_T, self.negatives_N]))
+
+    def part(self, windows_P: npt.NDArray[np.int64]) -> Batch:
+        """Some of its windows (not decreasing), with all of its negatives. The losses of parts that together
+        have every window once add up to the loss of the whole, and so do their gradients."""
+        packing, history = self.history.packing, self.history
+        lengths_P = packing.lengths_S[windows_P]
+        rows = ragged(packing.starts_S[windows_P], lengths_P)
+        cut: dict[str, Any] = {}
+        for column in fields(self):
+            values = getattr(self, column.name)
+            if values is not None and column.name.endswith("_T"):
+                cut[column.name] = values[rows]
+            elif values is not None and column.name.endswith("_SN"):
+                cut[column.name] = values[windows_P]
+        return replace(
+            self,
+            **cut,
+            history=History(
+                Packing(lengths_P), history.items_T[rows], history.times_T[rows], history.next_times_T[rows]
+            ),
+            whole=self.whole or self,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it by name, to be looked at."""
@@ -90,22 +121,25 @@ class Recommender(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """Generative: L_gen, the mean InfoNCE over the batch's targets. Discriminative:
         L_dis = lambda L_gen + L_cls, with lambda `generative_weight`. Every distinct item is encoded once."""
-        distinct_K, where = np.unique(
-            np.concatenate([batch.history.items_T, batch.targets_T, batch.negatives_N]), return_inverse=True
-        )
-        vectors_KD = self.item_vectors(distinct_K)
-        history, target, negative = np.split(where, [len(batch.targets_T), 2 * len(batch.targets_T)])
+        return self(batch, batch.distinct_K, self.item_vectors(batch.distinct_K))
+
+    def forward(self, batch: Batch, distinct_K: npt.NDArray[np.int64], vectors_KD: Tensor) -> Tensor:
+        """The loss of a batch, or a part's share of the whole's, from the vectors of all its items (and
+        perhaps others), sorted."""
         device = vectors_KD.device
         history_TD, targets_TD, negatives_ND = (
-            vectors_KD[torch.from_numpy(rows).to(device)] for rows in (history, target, negative)
+            vectors_KD[on_device(np.searchsorted(distinct_K, items), device)]
+            for items in (batch.history.items_T, batch.targets_T, batch.negatives_N)
         )
         if isinstance(self.user, DecoderUser) and self.user.fusion is not None:
             probes = Probes.of_targets(batch.history, batch.targets_T)
             outputs_TD, logits_T = self.user.judge(history_TD, batch.history, targets_TD, probes)
-            judged = classification(logits_T, torch.from_numpy(labels_of(batch)).to(device))
+            judged = classification(logits_T, on_device(labels_of(batch), device)) * share_of_labels(batch)
         else:
             outputs_TD, judged = self.user_vectors(history_TD, batch.history), None
         generated = info_nce(outputs_TD, targets_TD, negatives_ND, no_negatives(batch, device), self.scale)
+        if batch.whole is not None:
+            generated = generated * (len(batch.targets_T) / len(batch.whole.targets_T))
         return generated if judged is None else self.generative_weight * generated + judged
 
 
@@ -115,12 +149,20 @@ def labels_of(batch: Batch) -> npt.NDArray[np.int8]:
     return batch.labels_T
 
 
+def share_of_labels(batch: Batch) -> float:
+    """What part of the labelled targets of its whole a batch has: 1 where it is one itself."""
+    if batch.whole is None:
+        return 1.0
+    known, every = (int((labels_of(each) >= 0).sum()) for each in (batch, batch.whole))
+    return known / max(every, 1)
+
+
 def no_negatives(batch: Batch, device: torch.device) -> Tensor:
     """(T, N): the user's own items, and items that read exactly as the target does."""
-    window_T = torch.from_numpy(batch.history.packing.sequence_T).to(device)
-    own_TN = torch.from_numpy(batch.own_SN).to(device)[window_T]
-    targets_T = torch.from_numpy(batch.target_texts_T).to(device)
-    negatives_N = torch.from_numpy(batch.negative_texts_N).to(device)
+    window_T = on_device(batch.history.packing.sequence_T, device)
+    own_TN = on_device(batch.own_SN, device)[window_T]
+    targets_T = on_device(batch.target_texts_T, device)
+    negatives_N = on_device(batch.negative_texts_N, device)
     return own_TN | (targets_T[:, None] == negatives_N[None, :])
 
 

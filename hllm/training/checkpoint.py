@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hllm.artifacts import digest_file, write_atomically
-from hllm.objects import delete_objects, download, list_objects, upload
+from hllm.objects import delete_objects, download, list_objects, s3_client, upload
+from hllm.processes import place, total
 
+Restored = tuple[dict[str, Any], dict[str, Tensor]]
+"""The numbers and the tensors of a checkpoint."""
 TENSORS, NUMBERS = "tensors.safetensors", "numbers.json"
 
 
@@ -61,7 +64,7 @@ class Checkpoints:
             self._carry(target)
         return target
 
-    def newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def newest(self) -> Restored | None:
         """(numbers, tensors) of the newest whole checkpoint, here or in S3; None when there is none.
 
         A damaged checkpoint is said aloud and removed, and the one before it is used.
@@ -87,9 +90,9 @@ class Checkpoints:
                 except (OSError, ValueError, KeyError, SafetensorError) as error:
                     why = str(error)
                     continue
-                for file in self.beside:
-                    if (path / file.name).exists() and not file.exists():
-                        shutil.copy(path / file.name, file)
+                for companion in self.beside:
+                    if (path / companion.name).exists() and not companion.exists():
+                        shutil.copy(path / companion.name, companion)
                 return numbers, tensors
             print(
                 f"train: checkpoint {name} is damaged ({why}); trying the one before",
@@ -102,58 +105,52 @@ class Checkpoints:
 
     def _carry(self, checkpoint: Path) -> None:
         """The numbers last: a checkpoint without them is none."""
+        client = s3_client()
         for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == NUMBERS):
-            upload(path, f"{self.location}/{checkpoint.name}/{path.name}")
-        there = self._there()
+            upload(path, f"{self.location}/{checkpoint.name}/{path.name}", client)
+        there = self._there(client)
         for old in sorted(there)[: -self.keep]:
-            delete_objects(there[old].values())
+            delete_objects(there[old].values(), client)
 
-    def _there(self) -> dict[str, dict[str, str]]:
+    def _there(self, client: Any = None) -> dict[str, dict[str, str]]:
         """What is in S3: checkpoint -> file -> location."""
         found: dict[str, dict[str, str]] = {}
-        for location in list_objects(f"{self.location}/") if self.location else ():
+        for location in list_objects(f"{self.location}/", client) if self.location else ():
             name, slash, file = location.removeprefix(f"{self.location}/").partition("/")
             if slash and name.startswith("step-"):
                 found.setdefault(name, {})[file] = location
         return found
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> Restored:
     numbers = json.loads((path / NUMBERS).read_text("utf-8"))
     if digest_file(path / TENSORS) != numbers["digest"]:
         raise ValueError("its digest does not match")
     return numbers, load_file(path / TENSORS)
 
 
-def state_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Every tensor of a training, by name, as copies. `best`: the weights that did best on validation, if
-    any."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"best.{name}": value for name, value in best.items()}
-    for parameter, state in optimizer.state.items():
-        name = _name_of(model, parameter)
-        tensors |= {f"optimizer.{name}.{kind}": value for kind, value in state.items()}
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+def shared(found: Restored | None) -> Restored | None:
+    """What the first process found, in every process."""
+    if place().size == 1:
+        return found
+    shapes = found and {name: [str(value.dtype), *value.shape] for name, value in found[1].items()}
+    header = json.dumps([found[0], shapes] if found else None).encode()
+    size = total(torch.tensor([len(header) if place().first else 0]))
+    text = torch.zeros(int(size), dtype=torch.uint8)
+    if place().first:
+        text.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+    told = json.loads(bytes(total(text).tolist()))
+    if told is None:
+        return None
+    numbers, shapes = told
+    tensors: dict[str, Tensor] = {}
+    for name, (dtype, *shape) in shapes.items():
+        empty = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        tensors[name] = found[1][name] if found else empty
+        torch.distributed.broadcast(tensors[name], 0)
+    return numbers, tensors
 
 
-def put_back(
-    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """The reverse of `state_of`: fills model and optimizer, returns the best weights."""
-    model.load_state_dict(_under(tensors, "model."))
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = _under(tensors, f"optimizer.{_name_of(model, parameter)}.")
-            if state:
-                optimizer.state[parameter] = state
-    return _under(tensors, "best.")
-
-
-def _name_of(model: nn.Module, parameter: Any) -> str:
-    return next(name for name, value in model.named_parameters() if value is parameter)
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one kind (model, optimizer, best), by their own names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

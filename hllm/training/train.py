@@ -9,14 +9,16 @@ import numpy.typing as npt
 import torch
 
 from hllm.data.prepared import Prepared
-from hllm.embedding.items import ItemVectors, batches_by_tokens
+from hllm.embedding.items import ItemVectors, encoded
 from hllm.embedding.scores import held_out_scores, judges
 from hllm.embedding.users import held_out_user_vectors
 from hllm.errors import DataError
+from hllm.models.backbone import layers_of
 from hllm.models.items import CachedItems
 from hllm.models.load import new_model, next_stage, save_model
 from hllm.models.recommender import Recommender
 from hllm.models.users import DecoderUser
+from hllm.processes import device, place
 from hllm.settings import Stage
 from hllm.steps import Context, embed_name, train_name
 from hllm.training.batches import Batches, training_users
@@ -43,6 +45,8 @@ def train(context: Context) -> None:
     else:
         vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
         model = next_stage(settings, context.inputs[train_name(family, 1)], vectors)
+    model.to(device())
+    prepare_layers(model, stage)
     batches = Batches(
         prepared,
         stage.history_length,
@@ -73,7 +77,10 @@ def train(context: Context) -> None:
             ),
             validated="auc" if judging else "ndcg@10",
             what=context.step.name,
+            zero=settings.train.zero,
         )
+    if not place().first:
+        return
     context.tidy_curves()
     save_model(model, family, context.output)
     context.rows = {"windows": batches.windows, "steps": trained.steps}
@@ -87,8 +94,22 @@ def train(context: Context) -> None:
         "best_step": trained.best_step,
         "train_seconds": round(trained.seconds, 1),
         "steps_per_second": round(trained.steps / max(trained.seconds, 1e-9), 3),
+        "processes": place().size,
         **trained.facts,
     }
+
+
+def prepare_layers(model: Recommender, stage: Stage) -> None:
+    """Let the layers of the LLMs be computed again in the backward pass, or compiled, as the stage says."""
+    for tower in (model.items, model.user):
+        decoder = getattr(tower, "decoder", None)
+        if decoder is None:
+            continue
+        if stage.gradient_checkpointing:
+            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if stage.compile:
+            for layer in layers_of(decoder):
+                layer.compile(dynamic=True)
 
 
 def validation_ndcg(model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int) -> float:
@@ -182,8 +203,4 @@ def catalogue_vectors(model: Recommender, prepared: Prepared, tokens_per_batch: 
     """(I, D) with the item side as it is now."""
     if isinstance(model.items, CachedItems):
         return model.items.vectors
-    vectors = np.empty((prepared.items, model.items.width), np.float32)
-    with torch.inference_mode():
-        for items in batches_by_tokens(prepared, 0, prepared.items, tokens_per_batch, model.items):
-            vectors[items] = model.item_vectors(items).float().numpy()
-    return vectors
+    return encoded(model.items, prepared, 0, prepared.items, tokens_per_batch)

@@ -32,7 +32,7 @@ from hllm.models.recommender import Recommender
 from hllm.settings import Settings, Stage
 from hllm.settings import load as load_settings
 from hllm.training.batches import Batches
-from hllm.training.loop import parameter_groups
+from hllm.training.updates import parameter_groups
 from tests.training.world import prepared_of
 
 TinySettings = Callable[..., Settings]

@@ -18,7 +18,7 @@ from hllm.models.load import load_item_model, load_user_model, new_model, next_s
 from hllm.models.recommender import Recommender
 from hllm.settings import Settings, Stage
 from hllm.training.batches import Batches
-from hllm.training.loop import parameter_groups
+from hllm.training.updates import parameter_groups
 from tests.models.test_load import ITEMS, user_vectors
 from tests.training.test_loop import assert_identical, run
 from tests.training.world import prepared_of

@@ -17,7 +17,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from hllm.models.packing import Packing, packed_attention, ragged, run_packed, run_packed_to_last
+from hllm.models.packing import (
+    Packing,
+    flash_type,
+    packed_attention,
+    ragged,
+    run_packed,
+    run_packed_to_last,
+)
 
 SHAPE = {
     "vocab_size": 50,
@@ -75,6 +82,63 @@ def test_the_top_layer_shortcut_changes_nothing(pair):
     weights = torch.randn_like(whole)
     (one,), (other,) = (torch.autograd.grad((out * weights).sum(), inputs) for out in (whole, short))
     torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def by_one_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds_q: torch.Tensor,
+    bounds_k: torch.Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` promises, one sequence after another: queries stand at the
+    end of their keys, (left, right) are how many more positions they see on either side, -1 is all."""
+    assert bounds_q.dtype == bounds_k.dtype == torch.int32
+    assert (bounds_q.diff().max(), bounds_k.diff().max()) == (longest_q, longest_k)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    left, right = (longest_k if size < 0 else size for size in window_size)
+    out = torch.empty_like(query)
+    for first_q, last_q, first_k, last_k in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        part, keys, values = query[first_q:last_q], key[first_k:last_k], value[first_k:last_k]
+        keys, values = (
+            each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (keys, values)
+        )
+        scores = torch.einsum("qhe,khe->hqk", part, keys) * (scale or query.shape[-1] ** -0.5)
+        at_q = torch.arange(len(part))[:, None] + len(keys) - len(part)
+        at_k = torch.arange(len(keys))[None, :]
+        seen = (at_k >= at_q - left) & (at_k <= at_q + right)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out[first_q:last_q] = torch.einsum("hqk,khe->qhe", weights, values)
+    return out
+
+
+def test_the_path_of_flash_attention_computes_the_same(pair, monkeypatch: pytest.MonkeyPatch):
+    """With the kernel's interface, as there is no GPU here: `benchmarks/gpu` compares the kernel itself."""
+    packed, _ = pair
+    packing, inputs = Packing(LENGTHS), torch.randn(int(LENGTHS.sum()), 32, requires_grad=True)
+    outputs = [run_packed(packed, inputs, packing), run_packed_to_last(packed, inputs, packing)]
+    monkeypatch.setattr("hllm.models.packing.flash_type", lambda query, dropout=0.0: query.dtype)
+    calls = []
+    monkeypatch.setattr(
+        "hllm.models.packing.flash_kernel", lambda: calls.append("kernel") or by_one_kernel
+    )
+    others = [run_packed(packed, inputs, packing), run_packed_to_last(packed, inputs, packing)]
+    assert len(calls) == 6  # three layers, twice
+    for one, other in zip(outputs, others, strict=True):
+        torch.testing.assert_close(other, one, atol=2e-6, rtol=1e-5)
+        weights = torch.randn_like(one)
+        (first,), (second,) = (torch.autograd.grad((out * weights).sum(), inputs) for out in (one, other))
+        torch.testing.assert_close(second, first, atol=2e-5, rtol=1e-4)
+
+
+def test_flash_attention_is_not_asked_where_there_is_no_gpu():
+    assert flash_type(torch.zeros(2, 3, 8, dtype=torch.bfloat16)) is None
 
 
 def test_a_neighbour_cannot_reach_across(pair):

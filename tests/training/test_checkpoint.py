@@ -104,19 +104,19 @@ def test_a_killed_training_continues_on_another_machine_and_ends_bit_for_bit_the
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    sets = {"train.stage1.steps": 20, "train.stage1.checkpoint_minutes": 1e-6}
+    sets = {"train.stage1.steps": 8, "train.stage1.checkpoint_minutes": 1e-6}
     local = tiny_settings(**sets)
     whole = file_digests(run_steps(local, "ingest", "validate", "prepare", "train-hllm-1"))
 
     remote = tiny_settings(**sets, **{"run.root": f"{s3.bucket('killed-trainings')}/run"})
     run_steps(remote, "ingest", "validate", "prepare")
-    command = [sys.executable, "-c", DIE_AFTER_CHECKPOINTS, json.dumps(remote.model_dump(mode="json")), "10"]
-    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", DIE_AFTER_CHECKPOINTS, json.dumps(remote.model_dump(mode="json")), "4"]
+    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
 
     monkeypatch.setenv("HOME", str(tmp_path / "another-machine"))
     continued = run_steps(remote, "train-hllm-1")
-    assert "train-hllm-1: continues from step 10 of 20" in capsys.readouterr().out
+    assert "train-hllm-1: continues from step 4 of 8" in capsys.readouterr().out
     assert "another-machine" in str(continued)
     assert file_digests(continued) == whole
     key = keys(remote)["train-hllm-1"]

@@ -21,7 +21,8 @@ from hllm.models.users import SASRecUser
 from hllm.settings import Decoder, Stage
 from hllm.training.batches import Batches
 from hllm.training.checkpoint import Checkpoints
-from hllm.training.loop import Trained, fit, parameter_groups, share_of_peak
+from hllm.training.loop import Trained, fit, share_of_peak
+from hllm.training.updates import parameter_groups
 from tests.training.world import prepared_of, tiny_model
 
 STAGE = Stage(history_length=8, batch_size=4, negatives=10, steps=20, lr=3e-3)

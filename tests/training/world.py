@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hllm.data.prepared import Prepared, write_arrays
-from hllm.models.items import IdItems
+from hllm.models.backbone import build_decoder
+from hllm.models.items import IdItems, TextItems
 from hllm.models.recommender import Recommender
-from hllm.models.users import SASRecUser
+from hllm.models.users import DecoderUser, SASRecUser
+from hllm.settings import Decoder
+from tests.conftest import free_port
 
 
 def prepared_of(folder: Path, lengths: list[int], items: int, seed: int = 0) -> Prepared:
@@ -36,3 +42,44 @@ def prepared_of(folder: Path, lengths: list[int], items: int, seed: int = 0) -> 
 def tiny_model(items: int, dropout: float = 0.3) -> Recommender:
     torch.manual_seed(3)
     return Recommender(IdItems(items, 16), SASRecUser(16, 1, 2, dropout, 20), 0.07)
+
+
+def tiny_llms(prepared: Prepared, layers: int = 2) -> Recommender:
+    """Both towers text-reading LLMs, small ones."""
+    torch.manual_seed(4)
+    decoders = [build_decoder(Decoder(width=16, heads=2, layers=layers), 256) for _ in range(2)]
+    items = TextItems(decoders[0])
+    torch.nn.init.normal_(items.item_token)
+    items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
+    return Recommender(items, DecoderUser(decoders[1]), 0.07)
+
+
+def on_ranks(function: str, folder: Path, count: int = 2, **environment: str) -> list[str]:
+    """`module:function(folder)` in so many processes that know each other, as torchrun would start them; what
+    they said."""
+    module, _, name = function.partition(":")
+    script = f"from pathlib import Path; from {module} import {name}; {name}(Path({str(folder)!r}))"
+    meeting = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=Path(__file__).parents[2],
+            env=os.environ
+            | meeting
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    said = []
+    try:
+        for process in processes:
+            said.append(process.communicate(timeout=300)[0])
+            assert process.returncode == 0, said[-1][-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return said

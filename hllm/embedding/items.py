@@ -16,6 +16,7 @@ from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
 from hllm.models.items import IdItems, TextItems
 from hllm.models.load import load_item_model
+from hllm.models.packing import device_of, inference_precision
 from hllm.processes import any_of, device, place, total, turns
 from hllm.progress import Progress
 from hllm.steps import Context
@@ -91,7 +92,8 @@ def encoded(
     with torch.no_grad():  # not inference_mode: ZeRO 3 keeps what it gathers here
         for number, mine in turns(len(batches)):
             items = batches[number]
-            found = model(items).float().cpu().numpy()
+            with inference_precision(device_of(model)):
+                found = model(items).float().cpu().numpy()
             if mine:
                 vectors[items - start] = found
             advance(len(items) * place().size)

@@ -7,7 +7,7 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.embedding.users import Floats, Ints, packed_histories
-from hllm.models.packing import on_device, ragged
+from hllm.models.packing import inference_precision, on_device, ragged
 from hllm.models.users import DecoderUser
 from hllm.processes import total
 
@@ -89,15 +89,10 @@ def scores_of_candidates(
                 candidates_PD = on_device(
                     np.asarray(item_vectors_ID[items], np.float32), inputs_TD.device
                 )
-                logits_P = model.scores(
-                    inputs_TD,
-                    history,
-                    candidates_PD,
-                    items,
-                    question_P[part],
-                    after_Q,
-                    asked_Q,
-                )
+                with inference_precision(inputs_TD.device):
+                    logits_P = model.scores(
+                        inputs_TD, history, candidates_PD, items, question_P[part], after_Q, asked_Q
+                    )
                 if mine:
                     scores_P[places[part]] = logits_P.sigmoid().float().cpu().numpy()
     total(scores_P)

@@ -12,7 +12,7 @@ from torch import nn
 
 from hllm.data.prepared import Prepared
 from hllm.models.history import UNKNOWN_TIME, History
-from hllm.models.packing import Packing, on_device, ragged
+from hllm.models.packing import Packing, device_of, inference_precision, on_device, ragged
 from hllm.processes import place, total, turns
 
 Ints = npt.NDArray[np.integer]
@@ -72,10 +72,11 @@ def vectors_of_histories(
     )
     with torch.no_grad():  # not inference_mode: ZeRO 3 keeps what it gathers here
         for mine, rows, ends, inputs_TD, history in batches:
-            if read:
-                found = read(inputs_TD, history, ends, np.asarray(asked_R)[rows])
-            else:
-                found = model(inputs_TD, history)[on_device(ends, inputs_TD.device)]
+            with inference_precision(inputs_TD.device):
+                if read:
+                    found = read(inputs_TD, history, ends, np.asarray(asked_R)[rows])
+                else:
+                    found = model(inputs_TD, history)[on_device(ends, inputs_TD.device)]
             if mine:
                 vectors_RD[rows] = found.float().cpu().numpy()
             if advance:
@@ -140,6 +141,3 @@ def packed_histories(
             History(packing, items_T, times_T, next_times_T),
         )
 
-
-def device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

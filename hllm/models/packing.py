@@ -85,6 +85,16 @@ def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def inference_precision(device: torch.device) -> torch.autocast:
+    """Vectors are computed in bf16 on GPUs that have it, and in fp32 elsewhere."""
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=cuda)
+
+
 def ragged(starts_S: npt.NDArray[np.integer], lengths_S: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """Flat positions start, start + 1, ... of every sequence, one sequence after another."""
     packing_starts = np.cumsum(lengths_S) - lengths_S

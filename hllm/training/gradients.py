@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hllm.models.items import TextItems
-from hllm.models.packing import on_device
+from hllm.models.packing import device_of, on_device
 from hllm.models.recommender import Batch, Recommender
 from hllm.processes import place, total
 
@@ -42,10 +42,6 @@ class Computation(nn.Module):
             if vectors_KD is None:
                 vectors_KD = gathered_vectors(self.model, items_K)
             return self.model(batch, items_K, vectors_KD)
-
-
-def device_of(model: Recommender) -> torch.device:
-    return model.log_scale.device
 
 
 def backpropagate(

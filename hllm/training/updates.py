@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from hllm.errors import ConfigError
 from hllm.models.items import TextItems
+from hllm.models.packing import device_of
 from hllm.models.recommender import Recommender
 from hllm.processes import place, total
 from hllm.settings import Stage
-from hllm.training.gradients import Computation, Run, device_of
+from hllm.training.gradients import Computation, Run
 
 BETAS = (0.9, 0.98)
 MOMENTS = ("exp_avg", "exp_avg_sq")

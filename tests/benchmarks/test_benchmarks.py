@@ -52,3 +52,18 @@ def test_the_cost_of_everything_is_measured_along_its_axis(tmp_path: Path) -> No
 def test_pretrained_weights_change_the_first_loss(tmp_path: Path) -> None:
     first = figures_of("pretrained", tmp_path)[0]
     assert first["claim"].startswith("PASS"), first
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_asked_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -> None:
+    """On a GPU it checks and measures what that computes; the figures here mean nothing."""
+    results = tmp_path / "RESULTS.md"
+    results.write_text("# What was measured\n\nbefore\n\n## On a GPU\n\nolder figures\n", "utf-8")
+    rows = figures_of("gpu/all", tmp_path, "--results", str(results))
+    assert len(rows) == 7
+    assert all(row["claim"].startswith("PASS") for row in rows), rows
+    written = results.read_text("utf-8")
+    assert "before" in written
+    assert "older figures" not in written
+    for what in ("stage 1 ", "stage 1, ZeRO 2", "encoding", "stage 2", "with flash attention and without"):
+        assert what in written

@@ -1,0 +1,111 @@
+"""The same command, in two processes: the outputs of one, and endings that schedulers understand."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from hllm.artifacts import Manifest
+from hllm.launch import machines, wanted
+from hllm.settings import Settings
+from hllm.steps import steps
+from tests.test_pipeline import World, latest
+from tests.world import TinySource, run_steps
+
+TWO = ("--set", "run.processes=2")
+SETS: dict[str, Any] = {
+    "model.baselines": [],
+    "train.stage1.steps": 30,
+    "train.stage1.evaluate_every": 10,
+    "train.stage1.checkpoint_minutes": 1e-6,
+    "train.stage1.precision": "fp32",
+    "embed.shard_items": 25,
+    "embed.tokens_per_batch": 256,
+    "gate.min_vs_champion": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_source: TinySource) -> World:
+    one = World(tmp_path_factory.mktemp("processes"), tiny_source, **SETS)
+    run_steps(one.settings, "ingest", "validate", "prepare")
+    return one
+
+
+@pytest.mark.slow
+def test_steps_in_two_processes_are_stopped_continued_and_leave_one_output(world: World, tmp_path: Path):
+    train, embed = (steps(world.settings)[name].argv for name in ("train-hllm-1", "embed-hllm-1"))
+    work = world.output("train-hllm-1") / "work"
+    code, said = world.interrupt(signal.SIGTERM, lambda: latest(work) >= 5, *train, *TWO)
+    assert code == 143, said
+    assert "stopped by SIGTERM" in (world.folder / "termination-log").read_text()
+    assert Manifest.read(world.output("train-hllm-1")) is None
+    reached = latest(work)
+    assert reached >= 5
+
+    said = world.run(*train, *TWO)
+    assert f"train-hllm-1: continues from step {reached} of 30" in said
+    assert said.splitlines()[-1].startswith("train-hllm-1: done in ")
+    assert world.manifest("train-hllm-1").facts["processes"] == 2
+    assert "done in" in world.run(*embed, *TWO)
+    together = world.output("embed-hllm-1")
+    vectors = np.concatenate([np.load(path) for path in sorted(together.glob("vectors-*.npy"))])
+
+    alone = world.settings.model_copy(
+        update={"run": world.settings.run.model_copy(update={"root": str(tmp_path / "alone")})}
+    )
+    run_steps(alone, "ingest", "validate", "prepare")
+    trained = run_steps(alone, "train-hllm-1")
+    for name in ("item.safetensors", "user.safetensors"):
+        mine, whole = load_file(world.output("train-hllm-1") / name), load_file(trained / name)
+        assert mine.keys() == whole.keys()
+    other = run_steps(alone, "embed-hllm-1")
+    expected = np.concatenate([np.load(path) for path in sorted(other.glob("vectors-*.npy"))])
+    assert vectors.shape == expected.shape
+    assert np.einsum("id,id->i", vectors, expected).min() > 0.99
+
+
+@pytest.mark.slow
+def test_the_error_of_one_process_is_the_error_of_the_command(world: World):
+    """Weights that are no numbers: every process finds it out, and one line says so."""
+    said = world.run(
+        *steps(world.settings)["train-hllm-1"].argv, *TWO, "--set", "train.stage1.lr=1e30", code=65
+    )
+    last = (world.folder / "termination-log").read_text()
+    assert "at step" in last, said
+    assert last.startswith("process ")
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_pipeline_in_two_processes_ranks_as_one_does(world: World, tmp_path: Path):
+    for step in steps(world.settings).values():
+        world.run(*step.argv, *TWO)
+    together = (world.output("evaluate") / "metrics.json").read_bytes()
+    assert "done in" in world.run("evaluate", "--force")
+    assert (world.output("evaluate") / "metrics.json").read_bytes() == together
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 1),
+        ({"PET_NNODES": "4"}, 4),
+        ({"PET_NNODES": "1:4"}, 4),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "first"}, 2),
+    ],
+)
+def test_how_many_machines_there_are(environment: dict[str, str], expected: int):
+    assert machines(environment) == expected
+
+
+def test_a_process_that_torchrun_has_started_starts_no_others(monkeypatch: pytest.MonkeyPatch):
+    settings = Settings.model_validate({"run": {"processes": 2}})
+    assert wanted(settings) == 2
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert wanted(settings) == 0

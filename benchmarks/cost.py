@@ -2,8 +2,9 @@
 
     python benchmarks/cost.py
 
-One CPU thread, fp32, towers of one layer in SmolLM2-135M's shape. Along each axis one size grows and nothing
-else changes; the exponent is the slope of log(time) over log(size), 1 where time grows as the size does.
+CPU seconds of one thread, fp32, towers of one layer in SmolLM2-135M's shape. Along each axis one size grows
+and nothing else changes; the exponent is the slope of log(time) over log(size), 1 where time grows as the
+size does.
 Linear is what packing promises: no padding, every item encoded once, attention only within a text or a
 history (its share that grows with the square is small at these lengths). A training step must not feel the
 size of the catalogue at all: it encodes the items of its batch.
@@ -12,6 +13,7 @@ size of the catalogue at all: it encodes the items of its batch.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +69,9 @@ def main() -> None:
         for axis, most, sides in axes(size, Path(name)):
             for act in sides.values():
                 act()
-            times = interleaved({str(at): act for at, act in sides.items()}, size.repeats)
+            times = interleaved(
+                {str(at): act for at, act in sides.items()}, size.repeats, time.process_time
+            )
             medians = [times[str(at)].median for at in sides]
             slope = float(np.polyfit(np.log(list(sides)), np.log(medians), 1)[0])
             shown = ", ".join(

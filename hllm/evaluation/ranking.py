@@ -164,14 +164,21 @@ def count_ahead(
     for start in range(0, len(items_ID), block_items):
         scores_BI = users_BD @ items_ID[start : start + block_items].T
         surely_BI = scores_BI > above_B1
-        ahead_B += np.count_nonzero(surely_BI, axis=1)
-        rows, items = np.divmod(np.flatnonzero((scores_BI >= below_B1) ^ surely_BI), scores_BI.shape[1])
-        items += start
+        surely_B = _count_rows(surely_BI)
+        ahead_B += surely_B
+        unsure = np.flatnonzero(_count_rows(scores_BI >= below_B1) != surely_B)  # few rows, in most blocks
+        rows, items = np.nonzero((scores_BI[unsure] >= below_B1[unsure]) ^ surely_BI[unsure])
+        rows, items = unsure[rows], items + start
         others = items != targets_B[rows]
         rows, items = rows[others], items[others]
         ahead = exact_scores(users_BD, items_ID, rows, items) >= scores_B[rows]
         ahead_B += np.bincount(rows[ahead], minlength=len(ahead_B))
     return ahead_B
+
+
+def _count_rows(true_BI: npt.NDArray[np.bool_]) -> Ints:
+    """How many are true in each row: numpy counts a row of bytes several times as fast as it sums an axis."""
+    return np.fromiter(map(np.count_nonzero, true_BI), np.int64, len(true_BI))
 
 
 def exact_scores(users_RD: Floats, items_ID: Floats, rows_P: Ints, items_P: Ints) -> npt.NDArray[np.float64]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from hllm.features.export import Batch, Entity, Vectors
-from hllm.features.store import PASSWORD, postgres
+from hllm.features.store import connect_postgres
 from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_relation, offline_source
 from hllm.objects import delete_objects, download, is_s3, list_objects, upload
 from hllm.settings import Settings
@@ -104,27 +104,13 @@ def remove_offline(settings: Settings, entity: Entity, version: int) -> int:
     return len(paths)
 
 
-def _connection(settings: Settings) -> Any:
-    import psycopg
-
-    place = postgres(settings.feast.offline_path, os.environ.get(PASSWORD, ""), "feast.offline_path")
-    return psycopg.connect(
-        host=place["host"],
-        port=place["port"],
-        dbname=place["database"],
-        user=place["user"],
-        password=place["password"],
-        sslmode=place["sslmode"],
-    )
-
-
 def _write_postgres(settings: Settings, name: str, tables: Iterator[pa.Table]) -> None:
     """One transaction: the table appears with all of its rows."""
     from psycopg import sql
 
     kinds = {pa.string(): "text", pa.int64(): "bigint", pa.timestamp("us", "UTC"): "timestamptz"}
     table = sql.Identifier(name)
-    with _connection(settings) as connection, connection.cursor() as cursor:
+    with connect_postgres(settings, "feast.offline_path") as connection, connection.cursor() as cursor:
         first = next(tables)
         columns = sql.SQL(", ").join(
             sql.SQL("{} {}").format(sql.Identifier(field.name), sql.SQL(kinds.get(field.type, "real[]")))
@@ -142,7 +128,7 @@ def _append_postgres(settings: Settings, name: str, tables: Iterator[pa.Table], 
     from psycopg import sql
 
     table = sql.Identifier(name)
-    with _connection(settings) as connection, connection.cursor() as cursor:
+    with connect_postgres(settings, "feast.offline_path") as connection, connection.cursor() as cursor:
         column = sql.Identifier(EVENT_TIME)
         cursor.execute(sql.SQL("DELETE FROM {} WHERE {} = %s").format(table, column), (at,))
         _copy(cursor, table, tables)
@@ -151,7 +137,7 @@ def _append_postgres(settings: Settings, name: str, tables: Iterator[pa.Table], 
 def _drop_postgres(settings: Settings, name: str) -> int:
     from psycopg import sql
 
-    with _connection(settings) as connection, connection.cursor() as cursor:
+    with connect_postgres(settings, "feast.offline_path") as connection, connection.cursor() as cursor:
         cursor.execute("SELECT to_regclass(%s)", (name,))
         there = cursor.fetchone()[0] is not None
         cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(name)))
@@ -175,7 +161,7 @@ def _with(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
 def _count_postgres(settings: Settings, name: str, at: datetime) -> int:
     from psycopg import sql
 
-    with _connection(settings) as connection, connection.cursor() as cursor:
+    with connect_postgres(settings, "feast.offline_path") as connection, connection.cursor() as cursor:
         cursor.execute("SELECT to_regclass(%s)", (name,))
         if cursor.fetchone()[0] is None:
             return 0

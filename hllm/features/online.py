@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hllm.features.export import ENTITIES, Batch, Entity, Vectors
 from hllm.features.messages import messages, stored_bytes
 from hllm.features.redis_rows import Rows, claim, connect, require_room
+from hllm.features.store import connect_postgres, online_path
 from hllm.features.views import view_name
 from hllm.progress import Progress
 from hllm.settings import Settings
@@ -68,18 +69,37 @@ def kept_until(settings: Settings, vectors: Vectors, entity: Entity, version: in
 def missing_online(
     settings: Settings, vectors: Vectors, entity: Entity, version: int
 ) -> tuple[int, list[str]]:
-    """Rows whose vector is not in Redis at its full width: how many, and three of them. Reads no vector, so
-    that every row can be asked for; other stores count their rows (0 here)."""
-    if settings.feast.online != "redis":
-        return 0, []
-    redis, rows = connect(settings), rows_of(settings, entity, version)
+    """Rows whose vector is not in the online store at its full width: how many, and three of them where the
+    store says which. Reads no vector, so every row can be asked for."""
     whole, count = stored_bytes(vectors.width), 0
+    if settings.feast.online != "redis":
+        found = _count_in_database(settings, entity, version, whole)
+        return max(vectors.rows(entity) - found, 0), []  # more, when new ids came with a refresh
+    redis, rows = connect(settings), rows_of(settings, entity, version)
     examples: list[str] = []
     for batch in vectors.batches(entity, settings.feast.write_batch_rows):
         lengths = rows.vector_lengths(redis, batch.ids)
         missing = [name for name, length in zip(batch.ids, lengths, strict=True) if length != whole]
         count, examples = count + len(missing), (examples + missing)[:3]
     return count, examples
+
+
+def _count_in_database(settings: Settings, entity: Entity, version: int, whole: int) -> int:
+    """Vectors of so many bytes in Feast's own table of a view."""
+    table = f"{settings.feast.project}_{view_name(entity, version)}"
+    if settings.feast.online == "sqlite":
+        import sqlite3
+
+        name = '"' + table.replace('"', '""') + '"'
+        query = f"SELECT count(*) FROM {name} WHERE feature_name = ? AND length(value) = ?"
+        with contextlib.closing(sqlite3.connect(online_path(settings))) as database:
+            return int(database.execute(query, (entity.vector, whole)).fetchone()[0])
+    from psycopg import sql
+
+    asked = sql.SQL("SELECT count(*) FROM {} WHERE feature_name = %s AND octet_length(value) = %s")
+    with connect_postgres(settings, "feast.online_url") as connection, connection.cursor() as cursor:
+        cursor.execute(asked.format(sql.Identifier(table)), (entity.vector, whole))
+        return int(cursor.fetchone()[0])
 
 
 @contextlib.contextmanager

@@ -170,6 +170,21 @@ def postgres(place: str, password: str, setting: str) -> dict[str, Any]:
     }
 
 
+def connect_postgres(settings: Settings, setting: str) -> Any:
+    """A connection to the database that `feast.offline_path` or `feast.online_url` names."""
+    import psycopg
+
+    place = postgres(settings.at(setting), os.environ.get(PASSWORD, ""), setting)
+    return psycopg.connect(
+        host=place["host"],
+        port=place["port"],
+        dbname=place["database"],
+        user=place["user"],
+        password=place["password"],
+        sslmode=place["sslmode"],
+    )
+
+
 def _leave_quietly() -> None:
     """Let go of the DuckDB connection under Feast's offline store: with Feast loaded, Python leaves it to
     DuckDB's own library to notice at exit, which then prints forty lines about leaked objects."""

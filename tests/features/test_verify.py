@@ -52,7 +52,7 @@ def test_every_kind_of_damage_is_found_and_publishing_again_repairs_it(published
     for damage, says in {
         "UPDATE {item} SET value = {flipped} WHERE rowid = {row}": "item vectors differ from the export",
         "UPDATE {item} SET value = {nan} WHERE rowid = {row}": "item vectors are not finite",
-        f"DELETE FROM {{user}} WHERE {one_user}": "user vectors are missing",
+        f"DELETE FROM {{user}} WHERE {one_user}": r"user vectors are missing or not 8 wide \(1 of 60\)",
         f"UPDATE {{user}} SET value = {{version}} WHERE {one_user} AND feature_name = 'user_model_version'": (
             "do not say model version 1"
         ),

@@ -9,6 +9,7 @@ from hllm.artifacts import Manifest
 from hllm.evaluation.gate import NAMES, Verdict
 from hllm.evaluation.names import metric_name, model_name
 from hllm.evaluation.report.figures import Against, comparisons
+from hllm.evaluation.report.ranking import gain_in_words, says
 from hllm.evaluation.report.words import segment_name
 
 LIMIT = 4900
@@ -23,6 +24,7 @@ def describe(
     *,
     metric: str,
     report: str,
+    ranking: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown: verdict, numbers, data, what to look at, and where the rest is."""
     models = _models(metrics, champion)
@@ -31,6 +33,7 @@ def describe(
         "\n".join(f"- {reason}" for reason in verdict.reasons),
         _table(metrics, models, metric),
         _likes(metrics),
+        _ranking(ranking),
         _data(manifests, metrics),
         _look_at(metrics, champion, metric),
         f"[The report]({report}) has curves, segments, ten users with their recommendations, and the cost.",
@@ -76,6 +79,30 @@ def _likes(metrics: Mapping[str, Any]) -> str:
         f"**Likes.** {shown or 'no AUC'} on {found['rows']:,} labelled held-out events of {users}. "
         "The deployed model also takes `candidates` and answers with probabilities."
     )
+
+
+def _ranking(ranking: Mapping[str, Any] | None) -> str:
+    """What the vectors gain the reference ranker, and whether more than the champion's do."""
+    if not ranking:
+        return ""
+
+    def gains(results: Mapping[str, Any]) -> str:
+        return ", ".join(
+            f"{name} {gain_in_words(gain['parts']['overall'].get('auc'))}"
+            for gain, name in zip(results["gains"], ("vectors", "fusion on top"), strict=False)
+        )
+
+    mine, rows = gains(ranking["results"]), ranking["results"]["rows"]["test"]
+    said = [f"**Ranking gain.** AUC of the reference ranker on {rows:,} impressions: {mine}."]
+    if ranking["champion"]:
+        said.append(f"The champion's (version {ranking['version']}): {gains(ranking['champion'])}.")
+        for variant, name in (("vectors", "with vectors"), ("fusion", "with fusion")):
+            auc = ranking["differences"].get(variant, {}).get("auc")
+            if auc:
+                said.append(f"Candidate less champion {name}: {gain_in_words(auc)}, {says(auc)}.")
+        if not ranking["differences"]:
+            said.append("They were tested on other impressions: not comparable.")
+    return " ".join(said)
 
 
 def _data(manifests: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:

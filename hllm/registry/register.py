@@ -121,13 +121,15 @@ def _judge_and_register(
         parent = tracking.parent_run(client, settings, finished.pipeline)
         experiment = client.get_run(parent).info.experiment_id
     page = f"#/experiments/{experiment}/runs/{parent}"
-    report = _write_report(settings, store, finished, metrics, verdict, champion, page)
+    ranking = _ranking(settings, finished, serving)
+    report = _write_report(settings, store, finished, metrics, verdict, champion, ranking, page)
     with server.mlflow_errors(settings):
         _complete_parent(client, settings, finished, parent, metrics, verdict)
         for path in (
             report,
             finished.folders["validate"] / "validation.json",
             finished.folders["evaluate"] / "metrics.json",
+            *([finished.folders["rank"] / "ranking.json"] if ranking else []),
         ):
             client.log_artifact(parent, str(path))
     description = describe(
@@ -136,6 +138,7 @@ def _judge_and_register(
         champion,
         finished.manifests | {"export": finished.manifests[finished.export]},
         metric=ranking_metric(settings.gate.metric, metrics["cutoffs"]),
+        ranking=ranking,
         report=f"{page}/artifacts/report.html",
     )
     tags = _tags(settings, store, finished, verdict, parent)
@@ -197,6 +200,7 @@ def _tags(
         "report": f"runs:/{parent}/report.html",
         "cost": f"{whole.pop('cost'):.4f} {settings.report.currency}",
         **{name: f"{value:.0f}" for name, value in whole.items()},
+        **({"ranking": store.location("rank", finished.keys["rank"])} if "rank" in finished.keys else {}),
     }
 
 
@@ -227,14 +231,34 @@ def _champion_entry(
     if kept.exists():
         return serving.version, json.loads(kept.read_text("utf-8"))
     from hllm.data.prepared import Prepared
+    from hllm.evaluation.changes import changes
     from hllm.evaluation.evaluate import evaluate_package
     from hllm.models.package import Package
 
     package = Package.open(versions.download_package(settings, serving.version))
     prepared = Prepared.open(finished.folders["prepare"])
     entry, _ = evaluate_package(prepared, package, settings, finished.folders["evaluate"])
+    candidate = Package.open(finished.folders[finished.export] / "package")
+    entry["changes"] = changes(settings, prepared, candidate, package)
     write_atomically(kept, json.dumps(entry).encode())
     return serving.version, entry
+
+
+def _ranking(
+    settings: Settings, finished: Finished, serving: VersionInfo | None
+) -> dict[str, Any] | None:
+    """What the vectors gain a ranker, beside the serving version's if that was measured, too."""
+    if "rank" not in finished.folders:
+        return None
+    from hllm.ranking.compare import ranking_of
+
+    champion, location = None, serving.tags.get("ranking", "") if serving else ""
+    if serving and location and serving.tags.get("pipeline") != finished.pipeline:
+        root, step, key = location.rsplit("/", 2)
+        other = Store(root)
+        if other.manifest(step, key) is not None:  # somebody may have cleared old outputs
+            champion = (serving.version, other.fetch(step, key))
+    return ranking_of(settings, finished.folders["rank"], champion)
 
 
 def _write_report(
@@ -244,6 +268,7 @@ def _write_report(
     metrics: dict[str, Any],
     verdict: Verdict,
     champion: tuple[int, dict[str, Any]] | None,
+    ranking: dict[str, Any] | None,
     page: str,
 ) -> Path:
     from hllm.evaluation.report import write_report
@@ -261,6 +286,7 @@ def _write_report(
         folders=dict(finished.folders),
         manifests=dict(finished.manifests),
         links=links,
+        ranking=ranking,
     )
     return path
 

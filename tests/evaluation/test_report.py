@@ -360,3 +360,34 @@ def test_a_model_that_judges_is_shown_beside_what_needs_no_model(tmp_path, piece
     text, _ = page(tmp_path, pieces, metrics={**metrics, "labelled": none})
     assert "there is no AUC" in text
     assert "Telling likes" not in page(tmp_path, pieces)[0]
+
+
+def test_what_would_change_is_shown_and_safe(tmp_path, pieces):
+    item = {"item_id": "i1", "title": EVIL}
+    person = {"user_id": EVIL, "events": 1234, "kept": 3, "history": [item], "before": [item], "now": [item]}
+    other = {"item_id": "i9", "title": EVIL}
+    known = {"item_id": "i2", "title": EVIL, "events": 77, "before": [item], "now": [other]}
+    changes = {"asked": 80, "overlap": 0.42, "unchanged": 2, "users": [person], "neighbours": [known]}
+    html, _ = page(tmp_path, pieces, champion={**pieces["champion"], "changes": changes})
+    assert "<script" not in html
+    text = Page(html).text
+    assert "4.2 stay on average; 2 users keep all ten" in text
+    assert "3 of 10 stay, 1,234 events" in text
+    assert "Nearest to well-known items" in text
+    assert "What would change" not in Page(page(tmp_path, pieces)[0]).text
+
+
+def test_what_the_vectors_are_worth_to_a_ranker_is_shown(tmp_path, pieces):
+    from hllm.ranking.compare import ranking_of
+    from tests.ranking.test_compare import written
+
+    ranking = ranking_of(
+        SETTINGS, written(tmp_path / "mine", 0.6), (3, written(tmp_path / "champion", 0.1))
+    )
+    text = Page(page(tmp_path, pieces, ranking=ranking)[0]).text
+    assert "What it is worth to a ranking model" in text
+    for model in ranking["results"]["models"].values():
+        assert f"{model['parts']['overall']['auc']['value']:.4f}" in text
+    assert "candidate less champion, with vectors and affinity" in text
+    assert "40 % of the test impressions found a user vector" in text
+    assert "What it is worth" not in Page(page(tmp_path, pieces)[0]).text

@@ -24,6 +24,7 @@ from hllm.evaluation.report.figures import (
     segment_charts,
     segment_table,
 )
+from hllm.evaluation.report.ranking import ranking_section
 from hllm.evaluation.report.steps import cost_table, training_curves
 from hllm.evaluation.report.words import advice
 from hllm.settings import Settings
@@ -39,6 +40,7 @@ def write_report(
     folders: Mapping[str, Path],
     manifests: Mapping[str, Manifest],
     links: Mapping[str, str],
+    ranking: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the page. Parts whose inputs are missing are left out and say so."""
     import jinja2
@@ -73,6 +75,8 @@ def write_report(
         "docs_location": docs_location(settings, manifests),
         "map": _map(settings, folders),
         "examples": _examples(folders),
+        "ranking": ranking_section(ranking),
+        "changes": (champion or {}).get("changes"),
         "costs": cost_table(settings, manifests),
         "links": links,
         "made": max((manifest.created_at for manifest in manifests.values()), default=""),

@@ -25,6 +25,16 @@ def test_publishing_writes_the_same_bytes_as_feast(tmp_path: Path) -> None:
     assert [row["claim"][:4] in ("PASS", "FAIL") for row in rows] == [False, False, True] * 2
 
 
+def test_the_approximate_index_is_measured_against_the_exact_one(tmp_path: Path) -> None:
+    rows = figures_of("retrieval", tmp_path)
+    assert [row["what"].rpartition(": ")[2] for row in rows] == [
+        "exact",
+        "approximate, effort 64",
+        "with the most effort",
+    ]
+    assert rows[-1]["claim"].startswith("PASS"), rows
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("benchmark", ["latency", "rollback"])
 def test_reading_and_rolling_back_are_measured(benchmark: str, tmp_path: Path) -> None:

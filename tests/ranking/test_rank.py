@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -16,6 +19,7 @@ from hllm.ranking.store import own_store
 from tests.ranking.world import DAY, PERIODS, ranking_settings, write_labelled_source
 from tests.world import run_steps
 
+SCRIPT = Path(__file__).parents[2] / "feature_repo" / "train_ranker.py"
 STEPS = ("ingest", "validate", "prepare", "train-hllm-1", "embed-hllm-1", "train-hllm-2", "rank")
 
 
@@ -95,6 +99,21 @@ def test_what_is_served_is_what_was_trained(ranked, store):
     assert online.with_user_vector.tolist() == [True, True, False]
     assert trained.scores(online) == pytest.approx(trained.scores(offline), abs=1e-9)
     assert len(set(trained.scores(online))) == 3
+
+
+def test_the_script_to_copy_goes_from_the_store_to_a_ranked_request(ranked, tmp_path):
+    _, output, _ = ranked
+    done = subprocess.run([sys.executable, SCRIPT, output], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "of the test found a user vector" in lines[0]
+    without, with_vectors = (float(line.split("AUC ")[1].split()[0]) for line in lines[1:3])
+    assert without > 0.55
+    assert with_vectors > 0.55
+    assert len(lines) == 10  # a heading, the columns, five candidates
+    nowhere = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=300)
+    assert nowhere.returncode == 2
+    assert "is no output of `hllm rank`" in nowhere.stderr
 
 
 def test_periods_out_of_order_and_other_splits_are_refused(tmp_path, tiny_settings):

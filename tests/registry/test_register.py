@@ -300,6 +300,9 @@ def test_a_later_candidate_is_compared_with_the_champion_on_its_own_events(
     assert register(second).version == 2
     info = versions.registered_version(second)
     assert "| champion (version 1) |" in info.description
+    report = Store(second.run.root).folder("register", info.tags["pipeline"]) / "report.html"
+    assert "of the first ten recommendations" in report.read_text()
+    assert "Nearest to well-known items" in report.read_text()
     assert "0.01 x the champion" in info.tags["gate_reasons"]
     strict = pipeline(**{"run.seed": 18, "gate.min_vs_champion": 1000.0})
     with pytest.raises(GateError, match="champion"):

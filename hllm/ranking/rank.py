@@ -66,7 +66,13 @@ def rank(context: Context) -> None:
     known_U, known_I = known_events(prepared, periods.test_from)
     of_users, of_items = impressions.users_R[test_R], impressions.items_R[test_R]
     results = about(settings, impressions, features, epochs) | measure(
-        settings, impressions.labels_R[test_R], of_users, known_U[of_users], known_I[of_items], scores
+        settings,
+        impressions.labels_R[test_R],
+        of_users,
+        known_U[of_users],
+        known_I[of_items],
+        features.affinity_R[test_R],
+        scores,
     )
     served = check_serving(settings, store, trained, prepared, impressions)
     write_atomically(context.output / "ranking.json", json.dumps(results, indent=1).encode())

@@ -31,11 +31,6 @@ from hllm.settings import Ranking
 # R rows, D vector width, H hidden width, N numbers, C categories
 
 VARIANTS = ("base", "vectors", "fusion")
-VARIANT_NAMES = {
-    "base": "(a) base features",
-    "vectors": "(b) + vectors and affinity",
-    "fusion": "(c) + LEARN's fusion",
-}
 
 
 @dataclass(frozen=True)

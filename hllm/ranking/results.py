@@ -12,12 +12,17 @@ import numpy.typing as npt
 
 from hllm.evaluation.auc import METRICS, Aucs, aucs, intervals, less
 from hllm.evaluation.segments import split
-from hllm.ranking.ranker import VARIANT_NAMES
 from hllm.settings import Settings
 
 # R test impressions, K seeds
 
 Ints = npt.NDArray[np.int64]
+VARIANT_NAMES = {
+    "base": "(a) base features",
+    "vectors": "(b) + vectors and affinity",
+    "fusion": "(c) + LEARN's fusion",
+}
+PART_NAMES = {"vector:found": "user vector found", "vector:missing": "no user vector yet"}
 GAINS = (("vectors", "base"), ("fusion", "vectors"), ("fusion", "base"))
 
 
@@ -27,15 +32,19 @@ def measure(
     users_R: Ints,
     user_events_R: Ints,
     item_events_R: Ints,
+    affinity_R: npt.NDArray[np.float64],
     scores: Mapping[str, Sequence[npt.NDArray[np.float64]]],
 ) -> dict[str, Any]:
-    """Models and gains for ranking.json; `scores`: variant -> one (R,) per seed.
+    """Models and gains for ranking.json; `scores`: variant -> one (R,) per seed. `affinity_R`, nan where
+    there is no vector, is also measured alone: does it know of likes at all?
 
     A figure is the mean over the seeds, and so is every bootstrap sample of it: the interval says how much it
     hangs on these users, `seeds` how much on the start of the training."""
-    limits = settings.evaluation
+    limits, read_R = settings.evaluation, np.isfinite(affinity_R)
     parts = {
         "overall": np.ones(len(labels_R), bool),
+        "vector:found": read_R,
+        "vector:missing": ~read_R,
         **split("user", user_events_R, limits.cold_user_events, limits.long_tail_user_events),
         **split("item", item_events_R, limits.cold_item_events, limits.long_tail_item_events),
     }
@@ -51,7 +60,9 @@ def measure(
     }
     means = {variant: {part: _mean(each) for part, each in of.items()} for variant, of in found.items()}
     level = limits.confidence
+    alone = aucs(labels_R[read_R], affinity_R[read_R], users_R[read_R], limits.bootstrap, settings.run.seed)
     return {
+        "affinity_alone": intervals(alone, level),
         "confidence": level,
         "limits": {
             f"{kind}:{name}": getattr(limits, f"{name}_{kind}_events")
@@ -94,6 +105,12 @@ def _mean(found: Sequence[Aucs]) -> Aucs:
     )
 
 
+def part_name(part: str) -> str:
+    from hllm.evaluation.report.words import segment_name
+
+    return PART_NAMES.get(part) or segment_name(part)
+
+
 def tables(results: Mapping[str, Any]) -> str:
     """Markdown, for `hllm rank` and for documents."""
     return "\n\n".join([_about(results), _overall(results), _by_segment(results)])
@@ -102,12 +119,14 @@ def tables(results: Mapping[str, Any]) -> str:
 def _about(results: Mapping[str, Any]) -> str:
     rows, seen = results["rows"], results["with_user_vector"]
     seeds, users = len(results["models"]["base"]["seeds"]["auc"]), results["parts"]["overall"]["users"]
+    alone = results["affinity_alone"]
     return (
         f"{rows['train']:,} impressions train, {rows['valid']:,} choose the epoch, {rows['test']:,} of "
         f"{users:,} users test ({results['like_rate']:.1%} liked). A user vector could be read for "
         f"{seen['train']:.0%} of the first and {seen['test']:.0%} of the last, refreshed every "
         f"{results['refresh_hours']:g} h. Means of {seeds} seeds; in brackets {results['confidence']:.0%} "
-        "intervals from resampling users; gains are paired, in points (x100)."
+        "intervals from resampling users; gains are paired, in points (x100). Where there are vectors, the "
+        f"affinity alone has AUC {_figure(alone.get('auc'))}, UAUC {_figure(alone.get('uauc'))}."
     )
 
 
@@ -126,8 +145,6 @@ def _overall(results: Mapping[str, Any]) -> str:
 
 
 def _by_segment(results: Mapping[str, Any]) -> str:
-    from hllm.evaluation.report.words import segment_name
-
     names = [VARIANT_NAMES[variant] for variant in results["models"]]
     gains = [gain for gain in results["gains"] if (gain["of"], gain["over"]) in GAINS[:2]]
     head = ["AUC", "share", *names, *(_named(gain) for gain in gains)]
@@ -138,7 +155,7 @@ def _by_segment(results: Mapping[str, Any]) -> str:
         cells = [f"{about['share']:.1%}"]
         cells += [_value(model["parts"][part].get("auc")) for model in results["models"].values()]
         cells += [_points(gain["parts"][part].get("auc")) for gain in gains]
-        lines.append(f"| {segment_name(part)} | {' | '.join(cells)} |")
+        lines.append(f"| {part_name(part)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,7 +27,8 @@ def written(folder, skill, rows=ROWS):
         for variant, much in {"base": 0.2, "vectors": 0.2 + skill, "fusion": 0.2 + skill}.items()
     }
     events = rng.integers(0, 60, rows)
-    results = measure(SETTINGS, labels, users, events, events, scores) | {
+    affinity = np.where(rng.random(rows) < 0.4, labels + noise, np.nan)
+    results = measure(SETTINGS, labels, users, events, events, affinity, scores) | {
         "rows": {"train": 10, "valid": 10, "test": rows},
         "days": {"prepare.test_from": "1998-01-01", "ranking.test_from": "1998-03-05"},
         "with_user_vector": {"train": 0.5, "test": 0.4},
@@ -85,3 +86,7 @@ def test_the_tables_hold_every_figure(tmp_path):
     shares = [about["share"] for part, about in results["parts"].items() if part.startswith("user:")]
     assert sum(shares) == pytest.approx(1)
     assert "| gain of (b) over (a) | +" in text
+    found, missing = (results["parts"][part]["rows"] for part in ("vector:found", "vector:missing"))
+    assert found + missing == ROWS
+    assert results["affinity_alone"]["auc"]["value"] > 0.6
+    assert "| user vector found | 4" in text

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from hllm.evaluation.auc import METRICS
-from hllm.evaluation.report.words import segment_limit, segment_name
+from hllm.evaluation.report.words import FEW_USERS, segment_limit
+from hllm.ranking.results import PART_NAMES, part_name
 
 NAMES = {
     "base": "base features",
     "vectors": "with vectors and affinity",
     "fusion": "with LEARN's fusion, too",
 }
-FEW_USERS = 30
 
 
 def ranking_section(ranking: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -84,8 +84,8 @@ def _segment(part: str, about: Mapping[str, Any], results: Mapping[str, Any]) ->
     gains = [gain["parts"][part].get("auc") for gain in results["gains"][:2]]
     few = about["users"] < FEW_USERS
     return {
-        "name": segment_name(part),
-        "limit": segment_limit(part, results["limits"]).replace("training events", "events before the test"),
+        "name": part_name(part),
+        "limit": _limit(part, results["limits"]),
         "rows": about["rows"],
         "share": about["share"],
         "cells": [model["parts"][part].get("auc") for model in results["models"].values()],
@@ -94,6 +94,12 @@ def _segment(part: str, about: Mapping[str, Any], results: Mapping[str, Any]) ->
             for gain in gains
         ],
     }
+
+
+def _limit(part: str, limits: Mapping[str, int]) -> str:
+    if part in PART_NAMES:
+        return ""
+    return segment_limit(part, limits).replace("training events", "events before the test")
 
 
 def _points(figure: Mapping[str, float] | None) -> dict[str, float] | None:

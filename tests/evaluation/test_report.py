@@ -388,6 +388,6 @@ def test_what_the_vectors_are_worth_to_a_ranker_is_shown(tmp_path, pieces):
     assert "What it is worth to a ranking model" in text
     for model in ranking["results"]["models"].values():
         assert f"{model['parts']['overall']['auc']['value']:.4f}" in text
-    assert "candidate less champion, with vectors and affinity" in text
+    assert "candidate less champion, (b)" in text
     assert "40 % of the test impressions found a user vector" in text
     assert "What it is worth" not in Page(page(tmp_path, pieces)[0]).text

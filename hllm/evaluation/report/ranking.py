@@ -10,10 +10,11 @@ from hllm.evaluation.report.words import FEW_USERS, segment_limit
 from hllm.ranking.results import PART_NAMES, part_name
 
 NAMES = {
-    "base": "base features",
-    "vectors": "with vectors and affinity",
-    "fusion": "with LEARN's fusion, too",
+    "base": "(a) base features",
+    "vectors": "(b) with vectors and affinity",
+    "fusion": "(c) with LEARN's fusion as well",
 }
+LETTERS = {"base": "(a)", "vectors": "(b)", "fusion": "(c)"}
 
 
 def ranking_section(ranking: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -25,23 +26,16 @@ def ranking_section(ranking: Mapping[str, Any] | None) -> dict[str, Any] | None:
         {"name": NAMES[variant], "cells": [model["parts"]["overall"].get(metric) for metric in METRICS]}
         for variant, model in results["models"].items()
     ]
-    gains = [
-        _gain(f"{NAMES[gain['of']]}, over {NAMES[gain['over']]}", gain["parts"]["overall"])
-        for gain in results["gains"]
-    ]
+    gains = [_gain(_over(gain), gain["parts"]["overall"]) for gain in results["gains"]]
     if champion:
+        theirs = f"the champion's (version {ranking['version']})"
+        gains += [_gain(f"{theirs} {_over(gain)}", gain["parts"]["overall"]) for gain in champion["gains"]]
         gains += [
-            _gain(
-                f"champion (version {ranking['version']}): {NAMES[gain['of']]}, over {NAMES[gain['over']]}",
-                gain["parts"]["overall"],
-            )
-            for gain in champion["gains"]
-        ]
-        gains += [
-            _gain(f"candidate less champion, {NAMES[variant]}", figures)
+            _gain(f"candidate less champion, {LETTERS[variant]}", figures)
             for variant, figures in ranking["differences"].items()
         ]
     return {
+        "letters": [LETTERS[variant] for variant in results["models"]],
         "metrics": [metric.upper() for metric in METRICS],
         "results": results,
         "rows": rows,
@@ -60,6 +54,10 @@ def gain_in_words(figure: Mapping[str, float] | None) -> str:
         return "unknown"
     value, low, high = (100 * figure[name] for name in ("value", "low", "high"))
     return f"{value:+.2f} points ({low:+.2f} to {high:+.2f})".replace("-", "−")
+
+
+def _over(gain: Mapping[str, Any]) -> str:
+    return f"{LETTERS[gain['of']]} over {LETTERS[gain['over']]}"
 
 
 def _gain(name: str, figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

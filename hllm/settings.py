@@ -324,10 +324,12 @@ class Ranking(Section):
     """Rankers trained of each variant; figures are means over them."""
     id_width: int = Field(8, ge=1)
     """Width of the embeddings of user ids, item ids and categories."""
+    vector_width: int = Field(8, ge=1)
+    """Width of what the ranker makes of each vector."""
     hidden: int = Field(32, ge=1)
-    """Width of the ranker's last layer and of what it makes of each vector."""
+    """Width of the last layers of the ranker and of the auxiliary network."""
     dropout: float = Field(0.2, ge=0, lt=1)
-    """Dropout between layers."""
+    """Dropout between layers and on the vectors."""
     batch_size: int = Field(256, ge=1)
     """Impressions per step."""
     epochs: int = Field(30, ge=1)

@@ -28,7 +28,7 @@ from hllm.ranking.encoding import NUMBERS, Encoded, Encoding
 from hllm.ranking.features import Features
 from hllm.settings import Ranking
 
-# R rows, D vector width, H hidden width, N numbers, C categories
+# R rows, D vector width, V width of what is made of a vector, H hidden width, N numbers, C categories
 
 VARIANTS = ("base", "vectors", "fusion")
 
@@ -96,9 +96,10 @@ class Ranker(nn.Module):
         width = NUMBERS + 4 * settings.id_width  # ids, their product, categories
         if variant != "base":
             self.scale = sizes["width"] ** 0.5  # entries of a unit vector become about 1
-            self.from_user = nn.Linear(sizes["width"], hidden)
-            self.from_item = nn.Linear(sizes["width"], hidden)
-            width += 3 * hidden + 2  # both, their product, the affinity
+            self.forget = nn.Dropout(settings.dropout)
+            self.from_user = nn.Linear(sizes["width"], settings.vector_width)
+            self.from_item = nn.Linear(sizes["width"], settings.vector_width)
+            width += 3 * settings.vector_width + 2  # both, their product, the affinity
         if variant == "fusion":
             self.auxiliary = Auxiliary(sizes["width"], hidden, settings.dropout)
             width += hidden
@@ -124,9 +125,10 @@ class Ranker(nn.Module):
         ]
         auxiliary_R = None
         if self.variant != "base":
-            user_RD, item_RD = inputs.user_RD * self.scale, inputs.item_RD * self.scale
-            user_RH, item_RH = self.from_user(user_RD), self.from_item(item_RD)
-            parts += [user_RH, item_RH, user_RH * item_RH, inputs.affinity_R2]
+            user_RD = self.forget(inputs.user_RD * self.scale)
+            item_RD = self.forget(inputs.item_RD * self.scale)
+            user_RV, item_RV = self.from_user(user_RD), self.from_item(item_RD)
+            parts += [user_RV, item_RV, user_RV * item_RV, inputs.affinity_R2]
         if self.variant == "fusion":
             middle_RH, auxiliary_R = self.auxiliary(torch.cat([user_RD, item_RD], dim=1))
             parts.append(middle_RH)

@@ -16,8 +16,7 @@ from hllm.comparison.file import read
 from hllm.comparison.work import jobs, pipelines
 from hllm.errors import DataError
 from hllm.registry.server import client
-from tests.test_pipeline import _toml
-from tests.world import TinySource, run_steps, tiny_settings
+from tests.world import TinySource, run_steps, tiny_settings, toml
 
 HLLM = str(Path(sys.executable).parent / "hllm")
 COMPARISON = """
@@ -43,7 +42,7 @@ train.share = 1.0
 def file(tmp_path_factory: pytest.TempPathFactory, tiny_source: TinySource) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
     settings = tiny_settings(folder, tiny_source, **{"train.sasrec.steps": 30})
-    (folder / "base.toml").write_text(_toml(settings.model_dump(mode="json")))
+    (folder / "base.toml").write_text(toml(settings.model_dump(mode="json")))
     path = folder / "tiny.toml"
     path.write_text(COMPARISON)
     return path

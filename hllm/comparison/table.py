@@ -25,10 +25,12 @@ def markdown_table(result: Result) -> str:
 def heading(result: Result) -> str:
     """What was measured, in two sentences."""
     seeds = result.comparison.seeds
-    over = f"users and {len(seeds)} seeds" if len(seeds) > 1 else "users (one seed)"
+    one = len(seeds) == 1
+    over = "users, and nothing of the luck with a seed" if one else f"users and {len(seeds)} seeds"
+    means = f"Seed {seeds[0]} alone" if one else f"Means over seeds {', '.join(map(str, seeds))}"
     return (
-        f"{result.held_out}. Means over seeds {', '.join(map(str, seeds))}; {100 * result.confidence:g} % "
-        f"intervals over {over}; ratios against {result.comparison.reference}."
+        f"{result.held_out}. {means}; {100 * result.confidence:g} % intervals over {over}; ratios against "
+        f"{result.comparison.reference}."
     )
 
 

@@ -37,7 +37,7 @@ class Progress:
             self._line()
 
     def advance(self, count: int = 1, **values: float) -> None:
-        self.done += count
+        self.done = min(self.done + count, self.total) if self.total else self.done + count
         self.values.update(values)
         now = time.monotonic()
         if self.tty and now - self.spoke > 0.1:

@@ -20,9 +20,9 @@ from hllm.data import duck
 from hllm.data.items import item_texts, write_items
 from hllm.data.prepared import Prepared
 from hllm.embedding.export import ROW_GROUP, vector_column
-from hllm.embedding.items import batches_by_tokens
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError
+from hllm.processes import device
 from hllm.progress import Progress
 from hllm.settings import Settings
 
@@ -100,18 +100,12 @@ def _changed_items(
 
 def _encode(settings: Settings, train: Path, prepared: Prepared, items: int) -> npt.NDArray[np.float32]:
     """(I, D), unit length."""
-    import torch
-
-    from hllm.embedding.items import _refuse_bad
+    from hllm.embedding.items import _refuse_bad, encoded
     from hllm.models.load import load_item_model
 
-    model = load_item_model(train, prepared)
-    vectors_ID = np.empty((items, model.width), np.float32)
-    batches = batches_by_tokens(prepared, 0, items, settings.embed.tokens_per_batch, model)
-    with Progress("refresh items", items, "item") as progress, torch.inference_mode():
-        for batch in batches:
-            vectors_ID[batch] = model(batch).float().numpy()
-            progress.advance(len(batch))
+    model = load_item_model(train, prepared).to(device())
+    with Progress("refresh items", items, "item") as progress:
+        vectors_ID = encoded(model, prepared, 0, items, settings.embed.tokens_per_batch, progress.advance)
     _refuse_bad(vectors_ID, 0)
     return vectors_ID
 

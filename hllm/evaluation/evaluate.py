@@ -130,7 +130,8 @@ def labelled_scores(
     from hllm.embedding.scores import held_out_scores, judges
     from hllm.models.load import load_user_model
 
-    model, embed = load_user_model(context.inputs[f"train-{label}"]), context.settings.embed
+    model = load_user_model(context.inputs[f"train-{label}"]).to(device())
+    embed = context.settings.embed
     if not judges(model):
         return cosines(users_RD, items_ID, judged)
     return held_out_scores(

@@ -31,6 +31,7 @@ from hllm.features.publish import export_of, registered_service
 from hllm.features.refresh import items_of, validated, writing
 from hllm.features.refreshed import STEP, refreshed
 from hllm.features.store import open_store, registry_lock, service_errors
+from hllm.processes import device
 from hllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class _BackFill:
             self._mark(trained_until)
         table = outputs.fetch("validate", validated(settings).key) / "interactions.parquet"
         ids, vectors_ID = items_of(self.export, refreshed(settings, self.info.version))
-        model = load_user_model(self.export.folder / "package")
+        model = load_user_model(self.export.folder / "package").to(device())
         span = {"from": self.days[0].isoformat(), "to": self.days[-1].isoformat()}
         scratch = outputs.folder(STEP, f"v{self.info.version}-backfill") / WORK
         with version_run(settings, self.info, "backfill", span), duck.connect(scratch) as db:

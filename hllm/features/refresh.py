@@ -43,6 +43,7 @@ from hllm.features.publish import export_of, require_published_here
 from hllm.features.refreshed import STEP, refreshed
 from hllm.features.store import open_store, registry_lock, service_errors
 from hllm.features.views import offline_source, view_name, views_of
+from hllm.processes import device
 from hllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ class Refresh:
         with duck.connect(self.folder / WORK, self.settings.run.threads) as db:
             log = Log(db, self._log(), ids, vectors_ID, until)
             if log.choose_changed(published):
-                model = load_user_model(self.export.folder / "package")
+                model = load_user_model(self.export.folder / "package").to(device())
                 log.write_users(self.settings, model, self.folder, until)
 
     def _see_all_files(self, store: Any) -> None:

@@ -25,6 +25,7 @@ from hllm.data.prepared import Prepared
 from hllm.embedding.items import ItemVectors
 from hllm.errors import DataError
 from hllm.models.load import load_user_model
+from hllm.processes import device
 from hllm.progress import Progress
 from hllm.ranking.encoding import Encoding
 from hllm.ranking.features import Features, read_offline, read_online
@@ -93,7 +94,7 @@ def rank(context: Context) -> None:
 def frozen_vectors(context: Context) -> Vectors:
     settings, family = context.settings, context.settings.model.family
     return Vectors(
-        load_user_model(context.inputs[train_name(family, stages_of(settings, family)[-1])]),
+        load_user_model(context.inputs[train_name(family, stages_of(settings, family)[-1])]).to(device()),
         np.asarray(ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()),
         settings.embed.max_history,
         settings.embed.users_per_batch,

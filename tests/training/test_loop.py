@@ -41,6 +41,7 @@ def run(
     stage: Stage = STAGE,
     stop_after: int = 0,
     validate: Any = None,
+    poison: Any = lambda step: None,
 ) -> Trained:
     """Train; with `stop_after`, as SIGTERM would end it during that step."""
     work.mkdir(exist_ok=True)
@@ -53,6 +54,7 @@ def run(
         windows, steps_per_epoch = batches.windows, batches.steps_per_epoch
 
         def __getitem__(self, step: int) -> Any:
+            poison(step)
             if step + 1 == stop_after:
                 stopping.set()
             return batches[step]
@@ -79,13 +81,15 @@ def assert_identical(one: Recommender, other: Recommender) -> None:
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_ten_steps_a_stop_and_ten_more_equal_twenty(prepared: Prepared, tmp_path: Path):
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_ten_steps_a_stop_and_ten_more_equal_twenty(prepared: Prepared, tmp_path: Path, accumulate: int):
+    stage = STAGE.model_copy(update={"accumulate": accumulate})
     whole = tiny_model(30)
-    uninterrupted = run(prepared, tmp_path / "whole", whole)
+    uninterrupted = run(prepared, tmp_path / "whole", whole, stage)
     with pytest.raises(Terminated):
-        run(prepared, tmp_path / "parts", tiny_model(30), stop_after=10)
+        run(prepared, tmp_path / "parts", tiny_model(30), stage, stop_after=10)
     second = tiny_model(30)
-    continued = run(prepared, tmp_path / "parts", second)
+    continued = run(prepared, tmp_path / "parts", second, stage)
     assert_identical(whole, second)
     assert (continued.first_loss, continued.last_loss) == (uninterrupted.first_loss, uninterrupted.last_loss)
 
@@ -160,6 +164,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(prepared: Prepared, tmp_path: P
     batch = load_file(work / "not_finite_batch.safetensors")
     assert len(batch["items"]) == len(batch["targets"]) == int(batch["lengths"].sum())
     assert len(batch["negatives"]) == STAGE.negatives
+
+
+def test_what_fails_between_two_looks_is_kept_as_it_was(prepared: Prepared, tmp_path: Path):
+    """The loss is looked at every ten steps; weights and batch are those of the step that failed."""
+    before = tiny_model(30, dropout=0.0)
+    stage = STAGE.model_copy(update={"warmup": 0.5})
+    with pytest.raises(Terminated):
+        run(prepared, tmp_path / "three", before, stage, stop_after=3)
+    model = tiny_model(30, dropout=0.0)
+    with pytest.raises(DataError, match="the loss is nan at step 3"):
+        run(
+            prepared,
+            tmp_path / "work",
+            model,
+            stage,
+            poison=lambda step: model.user.input_scale.data.fill_(torch.nan) if step == 3 else None,
+        )
+    saved = load_file(tmp_path / "work" / "not_finite_weights.safetensors")
+    batch = load_file(tmp_path / "work" / "not_finite_batch.safetensors")
+    expected = Batches(prepared, 8, 4, 10, 1)[3].tensors()
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    del saved["user.input_scale"]
+    for name, value in saved.items():
+        assert torch.equal(value, before.state_dict()[name]), name
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def test_two_processes_train_as_one_does_and_either_continues_what_the_other_beg
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="DeepSpeed compiles its communication on a CPU")
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_zero_trains_as_plain_data_parallelism_does(level: int, tmp_path: Path):
     on_ranks(f"{__name__}:as_one_of_two_by_zero", tmp_path, LEVELS=json.dumps([level]))

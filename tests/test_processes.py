@@ -1,0 +1,45 @@
+"""Who does what when several processes compute one step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hllm import processes
+from hllm.processes import Place, any_of, joined, place, told, total, turns
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 6])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_piece_of_work_is_done_once_and_all_processes_take_as_many_turns(
+    count: int, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    dealt = []
+    for rank in range(size):
+        monkeypatch.setattr(processes, "_place", Place(rank, size, rank))
+        dealt.append(list(turns(count)))
+    assert sorted(number for own in dealt for number, mine in own if mine) == list(range(count))
+    assert len({len(own) for own in dealt}) == 1
+    assert all(0 <= number < count for own in dealt for number, _ in own)
+
+
+def test_a_process_by_itself_is_the_first_of_one_and_waits_for_nobody():
+    with joined() as alone:
+        assert alone == place() == Place(0, 1, 0)
+        values = np.arange(3)
+        assert total(values) is values
+        assert (any_of(True), any_of(False)) == (True, False)
+
+
+def test_deepspeed_can_be_alone():
+    import torch.distributed as dist
+
+    with joined(alone_too=True) as alone:
+        assert alone == Place(0, 1, 0)
+        assert dist.get_world_size() == 1
+    assert not dist.is_initialized()
+
+
+def test_a_number_of_machines_is_no_place():
+    assert told({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    assert not told({"RANK": "0", "WORLD_SIZE": "2"})

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
-from hllm.evaluation.auc import compare_scores, evaluate_scores
+from hllm.evaluation.auc import Aucs, aucs, intervals, less
 from hllm.evaluation.ranking import Floats, HeldOut, exact_scores, training_counts
 from hllm.settings import Settings
 
@@ -69,18 +69,18 @@ def measure_labelled(
     """AUC, UAUC (mean over users) and WUAUC (weighted by impressions) of every model with intervals, and how
     much the candidate has more than each other model; users with one class only, who have no AUC, are
     counted."""
-    sampling, users_R, labels_R = _sampling(settings), held_out.users_R, labels_of(prepared, held_out)
+    users_R, labels_R = held_out.users_R, labels_of(prepared, held_out)
+    found = {label: _aucs(settings, labels_R, model, users_R) for label, model in scores.items()}
+    confidence = settings.evaluation.confidence
     return {
         "rows": len(labels_R),
         "liked": int(labels_R.sum()),
         "users": len(np.unique(users_R)),
         "users_with_one_class": one_class_users(labels_R, users_R),
-        "models": {
-            label: evaluate_scores(labels_R, model, users_R, **sampling) for label, model in scores.items()
-        },
+        "models": {label: intervals(model, confidence) for label, model in found.items()},
         "differences": {
-            label: compare_scores(labels_R, scores[candidate], model, users_R, **sampling)
-            for label, model in scores.items()
+            label: intervals(less(found[candidate], model), confidence)
+            for label, model in found.items()
             if label != candidate
         },
     }
@@ -94,10 +94,12 @@ def measure_champion(
     candidate_R: npt.NDArray[np.floating] | None,
 ) -> dict[str, Any]:
     """An earlier version on the same events: its metrics, and how much the candidate has more."""
-    sampling, users_R, labels_R = _sampling(settings), held_out.users_R, labels_of(prepared, held_out)
-    found: dict[str, Any] = {"figures": evaluate_scores(labels_R, champion_R, users_R, **sampling)}
+    users_R, labels_R = held_out.users_R, labels_of(prepared, held_out)
+    theirs, confidence = _aucs(settings, labels_R, champion_R, users_R), settings.evaluation.confidence
+    found: dict[str, Any] = {"figures": intervals(theirs, confidence)}
     if candidate_R is not None:
-        found["difference"] = compare_scores(labels_R, candidate_R, champion_R, users_R, **sampling)
+        mine = _aucs(settings, labels_R, candidate_R, users_R)
+        found["difference"] = intervals(less(mine, theirs), confidence)
     return found
 
 
@@ -129,9 +131,13 @@ def labels_of(prepared: Prepared, held_out: HeldOut) -> npt.NDArray[np.int64]:
     return np.asarray(prepared.event_labels)[held_out.positions_R].astype(np.int64)
 
 
-def _sampling(settings: Settings) -> dict[str, Any]:
-    evaluation = settings.evaluation
-    return {"samples": evaluation.bootstrap, "confidence": evaluation.confidence, "seed": settings.run.seed}
+def _aucs(
+    settings: Settings,
+    labels_R: npt.NDArray[np.int64],
+    scores_R: npt.NDArray[np.floating],
+    users_R: npt.NDArray[np.int64],
+) -> Aucs:
+    return aucs(labels_R, scores_R, users_R, settings.evaluation.bootstrap, settings.run.seed)
 
 
 def one_class_users(labels_R: npt.NDArray[np.int64], users_R: npt.NDArray[np.int64]) -> int:

@@ -8,6 +8,7 @@ it sends a checksum with everything that it stores, and compares the lengths of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -213,12 +214,19 @@ def abandon_uploads(location: str, client: Any = None) -> int:
     that were. They are in no listing, and are paid for until somebody does."""
     bucket, prefix = split_s3(location)
     client, found = client or s3_client(), 0
-    with s3_errors(location):
+    with s3_errors(location), _nothing_begun(client):
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for begun in page.get("Uploads", []):
                 client.abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
                 found += 1
     return found
+
+
+@contextmanager
+def _nothing_begun(client: Any) -> Iterator[None]:
+    """rclone says so of a bucket in which nobody has ever begun an upload in parts."""
+    with contextlib.suppress(client.exceptions.NoSuchUpload):
+        yield
 
 
 def open_object(location: str) -> BinaryIO:

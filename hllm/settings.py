@@ -443,6 +443,9 @@ class Pod(Section):
     gpus: int = Field(0, ge=0)
     """How many `nvidia.com/gpu`. With any, /dev/shm is memory, and nodes with the taint of that name are
     tolerated (with a `template`, that says what is)."""
+    nodes: int = Field(1, ge=1)
+    """Pods that work together on one step (`train`, `embed` or `evaluate`), each with all of the above: a
+    JobSet, which the cluster must know."""
     queue: str = ""
     """Kueue's LocalQueue that admits the pod; empty: no queue."""
     template: str = ""

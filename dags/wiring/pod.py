@@ -127,10 +127,12 @@ class PodStep(KubernetesPodOperator):
         context["ti"].xcom_push("ended", {"exit_code": InfraError.exit_code, "line": str(problem)})
 
     def invoke_defer_method(self, last_log_time: Any = None, context: Context | None = None) -> None:
-        # A trigger, unlike the operator, does not see by itself that it runs inside the cluster.
-        if self.hook.is_in_cluster and not os.environ.get("KUBECONFIG"):
-            self.in_cluster = True
+        self.in_cluster = self._inside()
         super().invoke_defer_method(last_log_time, context)
+
+    def _inside(self) -> bool | None:
+        """A trigger, unlike the operator, does not see by itself that it runs inside the cluster."""
+        return True if self.hook.is_in_cluster and not os.environ.get("KUBECONFIG") else self.in_cluster
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
         """The trigger saw the pod end, or gave up: the pod itself says which."""
@@ -294,7 +296,8 @@ def refused(command: Sequence[str], error: Exception) -> AirflowException:
 
 
 def refuse_unknown_steps(named: Mapping[str, Pod]) -> None:
-    """`[runner.steps.NAME]` of a task that no DAG has would silently change nothing."""
+    """`[runner.steps.NAME]` of a task that no DAG has would silently change nothing; nor can every step be
+    shared between pods."""
     known = [
         *("ingest", "validate", "prepare", "evaluate", "register", "publish", "verify", "promote", "reject"),
         *("refresh-items", "refresh-users", "watch"),
@@ -308,4 +311,9 @@ def refuse_unknown_steps(named: Mapping[str, Pod]) -> None:
                 f"runner.steps.{name} is not a step."
                 + (f" Did you mean runner.steps.{near[0]}?" if near else ""),
                 remedy=f"Known here: {', '.join(known)}.",
+            )
+        if named[name].nodes > 1 and not name.startswith(("train-", "embed-", "evaluate")):
+            raise ConfigError(
+                f"runner.steps.{name}.nodes is {named[name].nodes}, but only one pod can do that step",
+                remedy="train, embed and evaluate can be shared between pods.",
             )

@@ -129,7 +129,10 @@ def hllm_task(
 ) -> BaseOperator:
     """The task for one command, by the runner that the settings chose."""
     if settings.runner.kind == "kubernetes":
-        from wiring.pod import PodStep  # the provider is needed, and takes its time, only here
+        from wiring.nodes import NodesStep  # the provider is needed, and takes its time, only here
+        from wiring.pod import PodStep
 
-        return PodStep(settings=settings, task_id=task_id, command=command, environment=environment, **kwargs)
+        asked = {"settings": settings, "task_id": task_id, "command": command, "environment": environment}
+        nodes = settings.runner.pod_of(task_id).nodes
+        return NodesStep(nodes=nodes, **asked, **kwargs) if nodes > 1 else PodStep(**asked, **kwargs)
     return LocalStep(task_id=task_id, command=command, environment=environment, **kwargs)

@@ -252,6 +252,8 @@ def airflow_environment(settings: Settings, config: str, home: Path, url: str) -
         **{f"AIRFLOW__{name}": value for name, value in airflow.items()},
         "AIRFLOW_HOME": str(home),
         "HLLM_CONFIG": config,
+        # The triggerer imports from there what the DAGs' tasks wait with.
+        "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT / "dags")))),
         # The parts of Airflow speak to each other over loopback, whatever proxy this machine uses.
         "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy"), HOST))),
     }

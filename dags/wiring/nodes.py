@@ -1,0 +1,219 @@
+"""One `hllm` command in several pods that work together: a JobSet, followed by its first pod.
+
+Every pod runs the same command and is told where the first one is (PET_NNODES, PET_NODE_RANK,
+PET_MASTER_ADDR, PET_MASTER_PORT, as Kubeflow's TrainJob tells them); `hllm` starts `torchrun` by that. The
+first pod's output is the task's log, and its end the task's. A set is never restarted in place: whichever pod
+is lost, all end, and the task's next try continues from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
+from airflow.sdk import Context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
+from airflow.triggers.base import TriggerEvent
+from kubernetes.client import ApiClient, ApiException, V1Pod
+from kubernetes_asyncio import client as asyncio_client
+
+from hllm.steps import digest_of
+from wiring.pod import PodStep
+
+GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
+NODE = "node"
+"""The set's only job; its pods are called NAME-node-0-RANK."""
+PORT = 29400
+KEEP_SECONDS = 86_400
+"""A set that nobody deleted - Airflow was gone - deletes itself so long after its end."""
+
+
+class NodesStep(PodStep):
+    """A step of `runner.steps.*.nodes` pods."""
+
+    def __init__(self, *, nodes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.nodes = nodes
+
+    def execute_async(self, context: Context) -> None:
+        """In place of one pod, the set; the trigger then waits until its first pod is there."""
+        ti = context["ti"]
+        run = digest_of([ti.dag_id, context["run_id"], ti.task_id, ti.try_number])[:8]
+        name = f"hllm-{self.task_id}-{run}"  # a scheduler that starts again finds the set that it had made
+        pod = ApiClient().sanitize_for_serialization(self.build_pod_request_obj(context))
+        try:
+            self.hook.custom_object_client.create_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, jobset(name, pod, self.nodes)
+            )
+        except ApiException as error:
+            if error.status == 404:
+                raise AirflowFailException(
+                    f"hllm {' '.join(self.command)}: the cluster has no JobSet ({GROUP}/{VERSION}), and "
+                    f"runner.steps.{self.task_id}.nodes is {self.nodes}"
+                ) from None
+            if error.status != 409:  # this try's own, from before a restart
+                raise
+        self.log.info("JobSet %s/%s: %s pods", self.namespace, name, self.nodes)
+        self.convert_config_file_to_dict()
+        self.defer(
+            trigger=FirstPodTrigger(
+                jobset=name,
+                pod_name="",
+                pod_namespace=self.namespace,
+                trigger_start_time=ti.start_date,
+                base_container_name=self.base_container_name,
+                kubernetes_conn_id=self.kubernetes_conn_id,
+                config_dict=self._config_dict,
+                in_cluster=self._inside(),
+                schedule_timeout=self.schedule_timeout_seconds,
+                poll_interval=self.poll_interval,
+            ),
+            method_name="first_pod_made",
+        )
+
+    def first_pod_made(self, context: Context, event: dict[str, Any]) -> None:
+        """From here on the first pod is followed as the only pod of another step is."""
+        self.jobset_name = event["jobset"]
+        if event["status"] != "running":
+            self._delete_set()
+            problem = AirflowFailException(
+                f"hllm {' '.join(self.command)}: JobSet {self.namespace}/{self.jobset_name} "
+                f"{event['message']}, and was deleted"
+            )
+            self._leave(context, problem)
+            raise problem
+        self.trigger_kwargs = {"jobset": self.jobset_name}
+        self.pod = self.hook.get_pod(event["name"], self.namespace)
+        self.invoke_defer_method(context=context)
+
+    def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
+        """The end of the first pod is the end of all; the set goes, and with it every pod."""
+        self.jobset_name = event["jobset"]
+        self.trigger_kwargs = {"jobset": self.jobset_name}
+        try:
+            super().trigger_reentry(context, event)
+        except TaskDeferred:
+            raise
+        except AirflowException as error:
+            others = self._others_that_failed()
+            self._delete_set()
+            raise type(error)(f"{error}{others}") from None
+        self._delete_set()
+
+    def _others_that_failed(self) -> str:
+        """The first pod often only notices that another one is gone."""
+        found = self.hook.core_v1_client.list_namespaced_pod(
+            self.namespace, label_selector=f"jobset.sigs.k8s.io/jobset-name={self.jobset_name}"
+        ).items
+        said = [one for pod in found if (one := _failed(pod)) and rank_of(pod) != "0"]
+        return f"; {'; '.join(said)}" if said else ""
+
+    def _delete_set(self) -> None:
+        try:
+            self.hook.custom_object_client.delete_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, self.jobset_name, propagation_policy="Background"
+            )
+        except ApiException as error:
+            if error.status != 404:
+                self.log.warning("JobSet %s was not deleted: %s", self.jobset_name, error.reason)
+
+
+class FirstPodTrigger(KubernetesPodTrigger):
+    """Waits until a JobSet has its first pod, which takes as long as the queue it is in; a person who ends
+    the task meanwhile ends the set."""
+
+    def __init__(self, *, jobset: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.jobset = jobset
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        _, values = super().serialize()
+        return f"{__name__}.{type(self).__name__}", {**values, "jobset": self.jobset}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        deadline = time.time() + self.schedule_timeout
+        about = {"jobset": self.jobset, "namespace": self.pod_namespace, "name": ""}
+        selector = f"jobset.sigs.k8s.io/jobset-name={self.jobset}"
+        while True:
+            async with self.hook.get_conn() as connection:
+                api = asyncio_client.CoreV1Api(connection)
+                pods = (await api.list_namespaced_pod(self.pod_namespace, label_selector=selector)).items
+            first = next((pod for pod in pods if rank_of(pod) == "0"), None)
+            if first is not None:
+                yield TriggerEvent({**about, "status": "running", "name": first.metadata.name})
+                return
+            if time.time() > deadline:
+                hours = self.schedule_timeout / 3600
+                message = f"was not admitted within {hours:g} h (runner.queue_hours)"
+                yield TriggerEvent({**about, "status": "timeout", "message": message})
+                return
+            await asyncio.sleep(self.poll_interval)
+
+    async def on_kill(self) -> None:
+        async with self.hook.get_conn() as connection:
+            api = asyncio_client.CustomObjectsApi(connection)
+            await api.delete_namespaced_custom_object(
+                GROUP, VERSION, self.pod_namespace, PLURAL, self.jobset, propagation_policy="Background"
+            )
+
+
+def jobset(name: str, pod: Mapping[str, Any], nodes: int) -> dict[str, Any]:
+    """`nodes` times this pod, as one set that starts, ends and waits in the queue together."""
+    spec, labels = dict(pod["spec"]), {**pod["metadata"]["labels"], "hllm/nodes": "true"}
+    (container,) = spec["containers"]
+    told = {
+        "PET_NNODES": str(nodes),
+        "PET_NODE_RANK": "$(JOB_COMPLETION_INDEX)",  # an indexed job sets it
+        "PET_MASTER_ADDR": f"{name}-{NODE}-0-0.{name}",
+        "PET_MASTER_PORT": str(PORT),
+    }
+    variables = [{"name": key, "value": value} for key, value in told.items()]
+    spec["containers"] = [{**container, "env": [*container.get("env", ()), *variables]}]
+    spec["restartPolicy"] = "Never"
+    own = {key: value for key, value in labels.items() if not key.startswith("kueue.x-k8s.io/")}
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "JobSet",
+        # Kueue admits the set, not its pods one by one.
+        "metadata": {"name": name, "labels": labels},
+        "spec": {
+            "failurePolicy": {"maxRestarts": 0},
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "ttlSecondsAfterFinished": KEEP_SECONDS,
+            "replicatedJobs": [
+                {
+                    "name": NODE,
+                    "replicas": 1,
+                    "template": {
+                        "spec": {
+                            "completionMode": "Indexed",
+                            "completions": nodes,
+                            "parallelism": nodes,
+                            "backoffLimit": 0,
+                            "template": {
+                                "metadata": {"labels": own},
+                                "spec": spec,
+                            },
+                        }
+                    },
+                }
+            ],
+        },
+    }
+
+
+def rank_of(pod: V1Pod) -> str:
+    """Which of the set it is: indexed jobs say so in an annotation."""
+    return (pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index", "")
+
+
+def _failed(pod: V1Pod) -> str:
+    for status in (pod.status.container_statuses or ()) if pod.status else ():
+        ended = status.state.terminated if status.state else None
+        if ended and ended.exit_code:
+            line = (ended.message or "").strip().partition("\n")[0]
+            return f"node {rank_of(pod)} ended with {ended.exit_code}: {ended.reason or ''} {line}".rstrip()
+    return ""

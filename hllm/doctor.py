@@ -62,6 +62,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _disk(settings)
     yield _cores(settings)
     yield _gpu()
+    if settings.train.zero:
+        yield _deepspeed(settings.train.zero)
     yield _asked("data source", lambda: _source(settings), "See the section [data] of the settings.")
     for name in ("item_llm", "user_llm"):
         backbone = settings.at(f"model.{name}.backbone")
@@ -197,6 +199,22 @@ def _gpu() -> Finding:
         return Finding("GPU", OK, "none: everything runs on the CPU")
     cards = [torch.cuda.get_device_properties(card) for card in range(torch.cuda.device_count())]
     return Finding("GPU", OK, ", ".join(f"{card.name} ({card.total_memory / GIB:.0f} GiB)" for card in cards))
+
+
+def _deepspeed(level: int) -> Finding:
+    """Here, and on a CPU able to compile what its processes talk through."""
+    what = f"DeepSpeed (train.zero = {level})"
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError:
+        return Finding(what, MISSING, "not installed", "make setup, or train.zero = 0")
+    import torch
+
+    lacking = [tool for tool in ("c++", "ninja") if not shutil.which(tool)]
+    if lacking and not torch.cuda.is_available():
+        remedy = "On a CPU it compiles an extension: apt-get install g++ ninja-build, or train.zero = 0."
+        return Finding(what, MISSING, f"{installed} without {' and '.join(lacking)}", remedy)
+    return Finding(what, OK, installed)
 
 
 def _source(settings: Settings) -> str:

@@ -134,3 +134,16 @@ def test_too_little_memory_or_disk_is_said(tiny_settings: Build, monkeypatch: py
 def test_more_threads_than_cores_get_a_note(tiny_settings: Build) -> None:
     found = find(tiny_settings(**{"run.threads": 4096}), "CPU")
     assert (found.state, found.remedy) == ("note", "run.threads = 0 uses every core once.")
+
+
+def test_zero_needs_deepspeed_and_on_a_cpu_a_compiler(
+    tiny_settings: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, what = tiny_settings(**{"train.zero": 2}), "DeepSpeed (train.zero = 2)"
+    monkeypatch.setattr(doctor.shutil, "which", lambda tool: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor, "version", lambda name: "0.19.8")
+    assert find(settings, what).state == "missing"
+    assert "g++" in find(settings, what).remedy
+    monkeypatch.setattr(doctor.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    assert find(settings, what).state == "ok"

@@ -83,20 +83,24 @@ class Vectors:
     def batches(self, entity: Entity, rows: int, start: int = 0) -> Iterator[Batch]:
         """Every row from `start` on, at most `rows` at a time.
 
+        Row group by row group: a reader of the whole file would keep all that it has read.
+
         Raises:
             DataError: an id is missing, or a vector has the wrong width, is not finite or not of unit length.
         """
         first = 0
         for file in self.files(entity):
             reader = parquet.ParquetFile(file)
-            if first + reader.metadata.num_rows <= start:
-                first += reader.metadata.num_rows
-                continue
-            for arrow in reader.iter_batches(batch_size=rows):
-                skip = max(start - first, 0)
-                if skip < arrow.num_rows:
-                    yield self._checked(entity, arrow.slice(skip), first + skip, file)
-                first += arrow.num_rows
+            for group in range(reader.num_row_groups):
+                held = reader.metadata.row_group(group).num_rows
+                if first + held <= start:
+                    first += held
+                    continue
+                for arrow in reader.iter_batches(batch_size=rows, row_groups=[group]):
+                    skip = max(start - first, 0)
+                    if skip < arrow.num_rows:
+                        yield self._checked(entity, arrow.slice(skip), first + skip, file)
+                    first += arrow.num_rows
 
     def _checked(self, entity: Entity, arrow: pa.RecordBatch, first: int, file: Path) -> Batch:
         ids, vectors = arrow.column(entity.join_key), arrow.column("vector")

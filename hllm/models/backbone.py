@@ -163,6 +163,20 @@ def layers_of(decoder: Any) -> Any:
     return decoder.encoder.layer if hasattr(decoder, "encoder") else decoder.layers
 
 
+def compile_layers(decoder: Any, backend: Any = "inductor") -> None:
+    """Let `torch.compile` make one program of each layer's work on single positions, for any number of them.
+    Attention stays as it is: where sequences end is different in every batch."""
+    import torch
+    from transformers import AttentionInterface
+
+    from hllm.models.packing import attend_within_sequences, packed_attention
+
+    apart = torch.compiler.disable(attend_within_sequences)
+    AttentionInterface.register(packed_attention(), apart)
+    for layer in layers_of(decoder):
+        layer.compile(dynamic=True, backend=backend)
+
+
 def word_vectors(decoder: Any) -> Any:
     """(V, D) the word embeddings as the decoder's first layer receives them: some families (Gemma) scale
     them on the way, which a decoder fed with vectors does not do."""

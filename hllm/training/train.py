@@ -13,7 +13,7 @@ from hllm.embedding.items import ItemVectors, encoded
 from hllm.embedding.scores import held_out_scores, judges
 from hllm.embedding.users import held_out_user_vectors
 from hllm.errors import DataError
-from hllm.models.backbone import layers_of
+from hllm.models.backbone import compile_layers
 from hllm.models.items import CachedItems
 from hllm.models.load import new_model, next_stage, save_model
 from hllm.models.recommender import Recommender
@@ -108,8 +108,7 @@ def prepare_layers(model: Recommender, stage: Stage) -> None:
         if stage.gradient_checkpointing:
             decoder.gradient_checkpointing_enable({"use_reentrant": False})
         if stage.compile:
-            for layer in layers_of(decoder):
-                layer.compile(dynamic=True)
+            compile_layers(decoder)
 
 
 def validation_ndcg(model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int) -> float:

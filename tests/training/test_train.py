@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hllm.data.prepared import Prepared
-from hllm.models.backbone import layers_of
+from hllm.models.backbone import compile_layers, layers_of
 from hllm.models.recommender import Recommender
 from hllm.settings import Stage
 from hllm.training.batches import Batches
@@ -45,6 +45,20 @@ def test_layers_computed_again_have_the_same_gradients(prepared: Prepared):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_layers_are_compiled_once_for_batches_of_any_lengths(prepared: Prepared):
+    from torch._dynamo.testing import CompileCounter
+
+    model, plain, counter = tiny_llms(prepared), tiny_llms(prepared), CompileCounter()
+    for tower in (model.items, model.user):
+        compile_layers(tower.decoder, counter)
+    batches, compiled = Batches(prepared, 8, 4, 10, seed=1), []
+    for number in range(3):
+        torch.testing.assert_close(model.loss(batches[number]), plain.loss(batches[number]))
+        compiled.append(counter.frame_count)
+    assert compiled[0] > 0
+    assert compiled[1] == compiled[2]
 
 
 @pytest.mark.slow

@@ -29,10 +29,13 @@ stop: setup  ## end what demo or ui left running
 	$(BIN)/python -m hllm.demo --stop
 
 test: setup  ## the tests (no root, no server installed beforehand)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not cluster"
 
 test-slow: setup  ## the longer proofs
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not cluster"
+
+cluster-test: setup  ## the DAGs as pods in a real Kubernetes, and what goes wrong there (tests/cluster/run says what it needs)
+	tests/cluster/run $(BIN)/pytest
 
 bench: setup  ## every speed and memory figure beside its peer, in one table
 	$(BIN)/python benchmarks/all.py
@@ -41,4 +44,4 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.PHONY: help setup demo ui stop test test-slow bench lint
+.PHONY: help setup demo ui stop test test-slow cluster-test bench lint

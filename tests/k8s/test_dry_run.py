@@ -1,4 +1,4 @@
-"""A real API server's opinion: `KUBECONFIG=... pytest -m slow tests/k8s`. It gets a namespace of its own."""
+"""A real API server's opinion: `KUBECONFIG=... pytest -m cluster tests/k8s`. It has its own namespace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from tests.k8s.world import K8S, KUBECTL, OVERLAYS, Manifest, kubectl, pods, render
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.cluster,
     pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="KUBECONFIG names no cluster"),
 ]
 
@@ -64,7 +64,8 @@ def test_airflow_may_run_pods_and_nothing_more(manifests: list[Manifest]):
         asked.append(f"--as=system:serviceaccount:{namespace}:{account}")
         return subprocess.run([KUBECTL, *asked], capture_output=True, text=True).stdout.strip() == "yes"
 
-    granted = ["create pods", "delete pods", "get pods", "list pods", "patch pods", "get pods/log"]
+    granted = ["create jobsets.jobset.x-k8s.io", "delete jobsets.jobset.x-k8s.io"]
+    granted += ["create pods", "delete pods", "get pods", "list pods", "patch pods", "get pods/log"]
     for each in [*granted, "list events", "watch events"]:
         assert may("hllm-airflow", *each.split()), each
     for each in [

@@ -7,6 +7,8 @@ it could be read, so Feast's point-in-time join decides what a training row sees
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,7 +94,8 @@ def write_history(
         store.apply([*views.entities, views.users, views.items, views.affinity, *counts])
         store.apply([service(views, counts)])
     last = _moment(int(max(of_users.available_S.max(initial=since), of_items.available_S.max())) + 1)
-    store.materialize(_moment(since) - timedelta(days=1), last)
+    with contextlib.redirect_stdout(io.StringIO()):  # Feast prints in colours, which logs are not
+        store.materialize(_moment(since) - timedelta(days=1), last)
     write_yaml(settings, Path(settings.feast.registry).parent)
     return store, rows
 

@@ -32,11 +32,11 @@ for process in os.listdir("/proc"):
 
 @pytest.fixture(scope="module")
 def faults(platform: Platform, prepared: None) -> dict[str, Run]:
-    """All of them at once, but for the one that takes Airflow's rights away."""
+    """Those that need nobody to bring them about, all at once."""
     return {
         name: platform.start(f"fault_{name}", fault["step"])
         for name, fault in FAULTS.items()
-        if name not in ("rights", "nodes")
+        if fault["step"] == "ingest" and name != "rights"
     }
 
 
@@ -64,9 +64,9 @@ def ended(platform: Platform, run: Run) -> str:
 
 
 def test_a_training_that_is_killed_continues_with_the_same_result(
-    platform: Platform, faults: dict[str, Run], tmp_path: Path
+    platform: Platform, prepared: None, tmp_path: Path
 ) -> None:
-    run, place = faults["killed"], platform.place
+    run, place = platform.start("fault_killed", "train-hllm-1"), platform.place
     pod = training(platform, run)
     place.kubectl("exec", pod, "--", "python3", "-c", KILL)
     run.wait("success")
@@ -79,23 +79,21 @@ def test_a_training_that_is_killed_continues_with_the_same_result(
     found = there.manifest(run.task, key[run.task])
     assert isinstance(found, Manifest)
     alone = settings.model_copy(update={"run": settings.run.model_copy(update={"root": str(tmp_path)})})
-    prepared = there.fetch("prepare", key["prepare"])
-    shutil.copytree(prepared, Store(str(tmp_path)).folder("prepare", key["prepare"]))
+    inputs = there.fetch("prepare", key["prepare"])
+    shutil.copytree(inputs, Store(str(tmp_path)).folder("prepare", key["prepare"]))
     assert file_digests(run_steps(alone, run.task)) == found.files
 
 
-def test_a_pod_that_somebody_deletes_is_made_again(platform: Platform, faults: dict[str, Run]) -> None:
-    run, place = faults["deleted"], platform.place
+def test_a_pod_that_somebody_deletes_is_made_again(platform: Platform, prepared: None) -> None:
+    run, place = platform.start("fault_deleted", "train-hllm-1"), platform.place
     place.kubectl("delete", "pod", training(platform, run), "--force", "--grace-period=0")
     run.wait("success")
     assert len(place.pods(run.dag, run.task)) == 2
     assert "is gone: somebody deleted it, or its node was lost" in run.every_log()
 
 
-def test_of_a_task_that_a_person_marks_as_failed_no_pod_is_left(
-    platform: Platform, faults: dict[str, Run]
-) -> None:
-    run = faults["failed"]
+def test_of_a_task_that_a_person_marks_as_failed_no_pod_is_left(platform: Platform, prepared: None) -> None:
+    run = platform.start("fault_failed", "train-hllm-1")
     pod = training(platform, run)
     run.fail()
     run.wait("failed")
@@ -103,10 +101,8 @@ def test_of_a_task_that_a_person_marks_as_failed_no_pod_is_left(
     assert len(platform.place.pods(run.dag, run.task)) == 1
 
 
-def test_a_scheduler_that_starts_again_makes_no_second_pod(
-    platform: Platform, faults: dict[str, Run]
-) -> None:
-    run = faults["restarted"]
+def test_a_scheduler_that_starts_again_makes_no_second_pod(platform: Platform, prepared: None) -> None:
+    run = platform.start("fault_restarted", "train-hllm-1")
     training(platform, run)
     platform.processes.kill("airflow-scheduler")
     platform.processes.start_again("airflow-scheduler")

@@ -64,7 +64,8 @@ def test_a_model_that_reads_times_is_told_them(settings: Settings, tmp_path: Pat
     folder = package_of(tmp_path, "generative", time="hour")
     assert [column.name for column in signature(folder).inputs] == ["history", "times", "asked_at"]
     client = server.client(settings)
-    run = client.create_run(client.create_experiment("shop")).info.run_id
+    experiment = client.create_experiment("shop", artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment).info.run_id
     model = mlflow.pyfunc.load_model(f"models:/{log_package(client, settings, run, folder)}")
     histories, times, asked_at = [["film 1", "film 2"]], [[1_500_000_000, 1_600_000_000]], [1_600_000_500]
     found = model.predict(pd.DataFrame({"history": histories, "times": times, "asked_at": asked_at}))

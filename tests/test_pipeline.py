@@ -146,7 +146,7 @@ def assert_recommendations(world: World) -> None:
     assert all(" of " in line for line in shown)  # "Title 7 of romance"
     assert not {line.split("  ")[0] for line in shown} & had
     typed = world.run("recommend", "--history", 'item20, "naïve,comma"', "-k", "3")
-    assert len(typed.splitlines()) == 6
+    assert len(typed.splitlines()) == 7  # a heading, the latest items, a head of two lines
     assert "item20 " not in typed
     assert "(1 of 2) (e.g. 'item999')" in world.run("recommend", "--history", "item20,item999", code=65)
 

@@ -140,11 +140,18 @@ def _text(info: VersionInfo, package: Package, request: Request, found: list[Rec
         for item in request.seen[-SHOWN:]
         if item in package.places
     ]
-    rows = [(number, one.item_id, one.title, f"{one.score:.4f}") for number, one in enumerate(found, 1)]
+    rows = [
+        (number, _in_one_line(one.item_id), _in_one_line(one.title), f"{one.score:.4f}")
+        for number, one in enumerate(found, 1)
+    ]
     return "\n".join(
         [
             f"{info.model} version {info.version}, {request.heading}",
-            *([f"latest: {'; '.join(latest)}"] if latest else []),
+            *([f"latest: {'; '.join(map(_in_one_line, latest))}"] if latest else []),
             tabulate(rows, headers=("", "item", "title", "cosine"), disable_numparse=True),
         ]
     )
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())

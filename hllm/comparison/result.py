@@ -10,6 +10,7 @@ from hllm.comparison.figures import Figures, figures, ranked
 from hllm.comparison.file import POPULAR, Comparison, Entry
 from hllm.comparison.scaling import Law, laws
 from hllm.comparison.work import Pipeline
+from hllm.costs import MEMORY
 from hllm.evaluation.metrics import Interval
 
 
@@ -87,7 +88,7 @@ def _effort(entry: Entry, found: Sequence[Pipeline]) -> Effort:
         seconds=sum(manifest.seconds for all_seeds in manifests.values() for manifest in all_seeds)
         / len(own),
         steps=tuple(all_seeds[0].rows["steps"] for all_seeds in trained),
-        memory_mb=max(int(manifest.facts["peak_memory_mb"]) for stage in trained for manifest in stage),
+        memory_mb=max(int(manifest.usage.get(MEMORY, 0)) for stage in trained for manifest in stage),
     )
 
 

@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-data.txt
 	@touch $@
 
-demo: setup  ## the real DAGs on MovieLens-100K, from log to champion, in nine to ten minutes
+demo: setup  ## the real DAGs on MovieLens-100K, from log to champion, in six to ten minutes
 	$(BIN)/python -m hllm.demo --config $(CONFIG)
 
 ui: setup  ## the pages of Airflow and MLflow, until Ctrl-C

@@ -6,11 +6,9 @@ Paused until you switch it on. It reads the source of the settings file, and val
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from airflow.sdk import DAG
 from wiring import form
-from wiring.runner import hllm_task
+from wiring.runner import hllm_task, retries
 
 settings = form.settings()
 
@@ -21,11 +19,7 @@ with DAG(
     is_paused_upon_creation=True,
     max_active_runs=1,
     params={"config": form.config_param()},
-    default_args={
-        "retries": settings.runner.retries,
-        "retry_delay": timedelta(seconds=15),
-        "retry_exponential_backoff": True,
-    },
+    default_args=retries(settings),
     tags=["hllm"],
     doc_md=__doc__,
 ) as dag:

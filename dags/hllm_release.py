@@ -13,7 +13,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator, HITLOper
 from airflow.sdk import DAG, Context, Label, Param
 from wiring import form
 from wiring.candidate import CANDIDATE, body, candidate_of
-from wiring.runner import hllm_task
+from wiring.runner import hllm_task, retries
 
 settings = form.settings()
 
@@ -76,11 +76,7 @@ with DAG(
             description="Only when triggered by hand: the settings file of that version.",
         ),
     },
-    default_args={
-        "retries": settings.runner.retries,
-        "retry_delay": timedelta(seconds=15),
-        "retry_exponential_backoff": True,
-    },
+    default_args=retries(settings),
     tags=["hllm"],
     doc_md=__doc__,
 ) as dag:

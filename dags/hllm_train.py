@@ -6,13 +6,12 @@ Triggered by hand, or by whatever schedule you give it. Its last task announces 
 
 from __future__ import annotations
 
-from datetime import timedelta
 from urllib.parse import quote
 
 from airflow.sdk import DAG, Asset
 from wiring import form
 from wiring.candidate import CANDIDATE, announce
-from wiring.runner import hllm_task
+from wiring.runner import hllm_task, retries
 
 from hllm.steps import steps
 
@@ -26,12 +25,7 @@ with DAG(
     params=form.params(settings),
     max_active_runs=1,
     max_active_tasks=settings.runner.parallel_steps,
-    default_args={
-        "retries": settings.runner.retries,
-        "retry_delay": timedelta(seconds=15),
-        "retry_exponential_backoff": True,
-        "max_retry_delay": timedelta(minutes=15),
-    },
+    default_args=retries(settings),
     tags=["hllm"],
     doc_md=__doc__,
 ) as dag:

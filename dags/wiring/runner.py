@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ def failure(command: Sequence[str], ended: Ended) -> AirflowException:
     """The exception that makes Airflow retry what a retry can mend, and fail at once what it cannot."""
     message = f"hllm {' '.join(command)} ended with {ended.exit_code}: {ended.line or 'it said nothing'}"
     return AirflowException(message) if ended.exit_code in RETRY_HELPS else AirflowFailException(message)
+
+
+def retries(settings: Settings) -> dict[str, Any]:
+    """How every task of every DAG is tried again: the `default_args` of a DAG."""
+    return {
+        "retries": settings.runner.retries,
+        "retry_delay": timedelta(seconds=15),
+        "retry_exponential_backoff": True,
+        "max_retry_delay": timedelta(minutes=15),
+    }
 
 
 def hllm_task(

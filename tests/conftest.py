@@ -94,6 +94,17 @@ def serve_s3(
         process.wait(10)
 
 
+@contextmanager
+def serve_s3_as_another(folder: Path, host: str) -> Iterator[tuple[S3, Path]]:
+    """S3 by TLS, whose certificate (the path beside it) is for `storage.example`."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    argv += ["-days", "2", "-subj", "/CN=storage", "-addext", "subjectAltName=DNS:storage.example"]
+    subprocess.run([*argv, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    with serve_s3(folder / "tls", host, free_port(), key=key, certificate=certificate) as server:
+        yield server, certificate
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """rclone serves a folder as S3 on loopback."""
@@ -120,9 +131,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for(
-    host: str, port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 20
-) -> None:
+def _wait_for(host: str, port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -16,7 +16,7 @@ import pytest
 from hllm import objects
 from hllm.artifacts import Manifest, Store, digest_of
 from hllm.errors import ConfigError, DataError, InfraError
-from tests.conftest import S3, free_port
+from tests.conftest import S3, free_port, serve_s3_as_another
 from tests.faulty import Fault, Proxy, faulty
 
 LARGE = bytes(range(256)) * (9 << 12)  # 9 MiB: two parts with the smallest part that S3 allows
@@ -231,13 +231,7 @@ def test_without_credentials_it_says_so(s3: S3, monkeypatch: pytest.MonkeyPatch,
 def test_a_certificate_for_another_name_is_a_setting_to_correct(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    argv += ["-days", "2", "-subj", "/CN=storage", "-addext", "subjectAltName=DNS:storage.example"]
-    subprocess.run([*argv, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
-    from tests.conftest import serve_s3
-
-    with serve_s3(tmp_path / "tls", "127.0.0.1", free_port(), key=key, certificate=certificate) as server:
+    with serve_s3_as_another(tmp_path, "127.0.0.1") as (server, certificate):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
         with pytest.raises(ConfigError, match=r"certificate is not accepted: .*storage\.example"):

@@ -21,7 +21,7 @@ from hllm.objects import upload
 from hllm.settings import Settings
 from hllm.steps import keys
 from tests import services
-from tests.cluster.faults import FAULTS
+from tests.cluster.faults import ANOTHERS, FAULTS
 from tests.cluster.world import (
     CONFIG,
     NAMESPACE,
@@ -33,7 +33,7 @@ from tests.cluster.world import (
     airflows_kubeconfig,
     namespace,
 )
-from tests.conftest import free_port, serve_s3
+from tests.conftest import free_port, serve_s3, serve_s3_as_another
 from tests.world import TinySource, run_steps, tiny_settings, toml
 
 
@@ -75,6 +75,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory, tiny_source: TinySource) 
         serve_s3(folder / "s3", given.host, free_port()) as s3,
         services.postgres(folder / "postgres", given.host) as databases,
         services.redis(folder / "redis", given.host) as redis,
+        serve_s3_as_another(folder, given.host) as (others, certificate),
         pytest.MonkeyPatch.context() as patch,
     ):
         access = {
@@ -93,7 +94,9 @@ def platform(tmp_path_factory: pytest.TempPathFactory, tiny_source: TinySource) 
         database = databases.url("postgresql+psycopg", "mlflow")
         with services.mlflow(folder / "mlflow", given.host, database, f"{bucket}/mlflow") as mlflow:
             settings = settings_for(folder, tiny_source, given, bucket, mlflow, databases, redis)
-            with namespace(folder, toml(settings.model_dump(mode="json"))) as place:
+            faults = json.dumps(FAULTS).replace(ANOTHERS, others.endpoint)
+            (folder / "faults.json").write_text(faults)
+            with namespace(folder, toml(settings.model_dump(mode="json")), certificate) as place:
                 place.secret("hllm-s3", access)
                 place.secret("hllm-feast", {"HLLM_FEAST_PASSWORD": services.PASSWORD})
                 (folder / "step.yaml").write_text(yaml.safe_dump(given.template()))
@@ -142,8 +145,6 @@ def settings_for(
 def running(folder: Path, place: Namespace, databases: services.Postgres) -> Iterator[Platform]:
     """Airflow over it, with the rights of the service account that it would have inside."""
     settings = settings_module.load(folder / "hllm.toml", environ={})
-    faults = folder / "faults.json"
-    faults.write_text(json.dumps(FAULTS))
     bundles = [
         {
             "name": name,
@@ -162,7 +163,7 @@ def running(folder: Path, place: Namespace, databases: services.Postgres) -> Ite
         "AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT": "300",
         "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "60",
         "KUBECONFIG": str(airflows_kubeconfig(place, folder / "airflow.kubeconfig")),
-        "HLLM_CLUSTER_FAULTS": str(faults),
+        "HLLM_CLUSTER_FAULTS": str(folder / "faults.json"),
         "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'dags'}",
     }
     processes = Restartable(folder / "logs")

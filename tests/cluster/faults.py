@@ -7,6 +7,9 @@ from typing import Any
 LONG = {"HLLM__TRAIN__STAGE1__STEPS": "60", "HLLM__TRAIN__STAGE1__CHECKPOINT_MINUTES": "0.00001"}
 """A checkpoint after every step: a training that is met half-way, on any machine."""
 
+ANOTHERS = "ANOTHERS-CERTIFICATE"
+"""Stands for the endpoint of an S3 server whose certificate is for another name."""
+
 
 def fault(step: str, environment: dict[str, str] | None = None, **sets: Any) -> dict[str, Any]:
     """`step` in a pod, with settings of the runner that differ (`runner__pod__memory="1Gi"`)."""
@@ -30,6 +33,11 @@ FAULTS: dict[str, dict[str, Any]] = {
     "queue": fault("ingest", elsewhere("queue"), runner__pod__queue="no-such-queue"),
     "bucket": fault("ingest", {"HLLM__RUN__ROOT": "s3://no-such-bucket/runs"}),
     "credentials": fault("ingest", elsewhere("credentials", AWS_SECRET_ACCESS_KEY="wrong")),
+    "certificate": fault(
+        "ingest",
+        elsewhere("certificate", AWS_ENDPOINT_URL_S3=ANOTHERS, AWS_CA_BUNDLE="/etc/hllm/certificate.pem"),
+    ),
+    "disk": fault("train-hllm-1", {**LONG, "HLLM__RUN__SEED": "6"}, runner__pod__disk="1Mi"),
     "nodes": fault(
         "train-hllm-1",
         {"HLLM__RUN__SEED": "5", "HLLM__TRAIN__STAGE1__STEPS": "20"},

@@ -36,7 +36,7 @@ def faults(platform: Platform, prepared: None) -> dict[str, Run]:
     return {
         name: platform.start(f"fault_{name}", fault["step"])
         for name, fault in FAULTS.items()
-        if fault["step"] == "ingest" and name != "rights"
+        if name == "disk" or (fault["step"] == "ingest" and name != "rights")
     }
 
 
@@ -153,6 +153,20 @@ def test_a_bucket_that_does_not_exist_is_named(platform: Platform, faults: dict[
 
 def test_wrong_credentials_are_called_that(platform: Platform, faults: dict[str, Run]) -> None:
     assert "access denied" in ended(platform, faults["credentials"])
+
+
+def test_a_certificate_for_another_name_is_called_that(platform: Platform, faults: dict[str, Run]) -> None:
+    line = ended(platform, faults["certificate"])
+    assert "the certificate is not accepted: " in line
+    assert "storage.example" in line
+
+
+def test_a_step_that_fills_its_disk_says_how_much_it_may_have(
+    platform: Platform, faults: dict[str, Run]
+) -> None:
+    line = ended(platform, faults["disk"])
+    assert "Evicted: " in line
+    assert "1Mi" in line
 
 
 @pytest.fixture

@@ -140,8 +140,8 @@ class Namespace:
 
 
 @contextmanager
-def namespace(folder: Path, settings: str) -> Iterator[Namespace]:
-    """The overlay `local`, but for its name, its settings and how much it may take."""
+def namespace(folder: Path, settings: str, *files: Path) -> Iterator[Namespace]:
+    """The overlay `local`, but for its name, its settings (`files` beside them) and how much it may take."""
     name = f"hllm-test-{uuid.uuid4().hex[:8]}"
     (folder / "hllm.toml").write_text(settings.replace(NAMESPACE, name), "utf-8")
     hard = {
@@ -155,7 +155,13 @@ def namespace(folder: Path, settings: str) -> Iterator[Namespace]:
     moved = {
         "namespace": name,
         "resources": [os.path.relpath(OVERLAY, folder)],
-        "configMapGenerator": [{"name": "hllm-settings", "behavior": "replace", "files": ["hllm.toml"]}],
+        "configMapGenerator": [
+            {
+                "name": "hllm-settings",
+                "behavior": "replace",
+                "files": ["hllm.toml", *(file.name for file in files)],
+            }
+        ],
         "generatorOptions": {"disableNameSuffixHash": True},
         "patches": [
             {"target": {"kind": "ResourceQuota", "name": "hllm-steps"}, "patch": yaml.safe_dump(quota)}

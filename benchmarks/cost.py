@@ -69,9 +69,7 @@ def main() -> None:
         for axis, most, sides in axes(size, Path(name)):
             for act in sides.values():
                 act()
-            times = interleaved(
-                {str(at): act for at, act in sides.items()}, size.repeats, time.process_time
-            )
+            times = interleaved({str(at): act for at, act in sides.items()}, size.repeats, time.process_time)
             medians = [times[str(at)].median for at in sides]
             slope = float(np.polyfit(np.log(list(sides)), np.log(medians), 1)[0])
             shown = ", ".join(

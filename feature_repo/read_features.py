@@ -1,7 +1,7 @@
 """Read the vectors of the model that serves now: online for one request, offline for a training table.
 
-    python feature_repo/read_features.py --user 196 --items 242 302 377
-    python feature_repo/read_features.py --repo runs/demo/publish/v3 --user 196 --items 242 302
+python feature_repo/read_features.py --user 196 --items 242 302 377
+python feature_repo/read_features.py --repo runs/demo/publish/v3 --user 196 --items 242 302
 """
 
 import argparse

@@ -283,9 +283,12 @@ def _online(settings: Settings) -> str:
     if kind == "redis":
         import redis
 
+        from hllm.features.redis_rows import refuse_eviction
+
         host, _, port = url.partition(",")[0].partition(":")
         with redis.Redis(host, int(port or 6379), password=password or None, socket_timeout=5) as asked:
             asked.ping()
+            refuse_eviction(asked, f"redis {host}")
     else:
         _ask_postgres(describe(settings, password)["online_store"])
     return f"{kind} {url.partition(',')[0]} answers"

@@ -333,9 +333,7 @@ class Outcome:
     reused: bool
 
 
-def execute(
-    name: str, settings: Settings, force: bool = False, argv: Sequence[str] | None = None
-) -> Outcome:
+def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[str] | None = None) -> Outcome:
     """Run one step, or find that it has been done. `argv`: the command line that asked for it, with which
     several processes can be started.
 

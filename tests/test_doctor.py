@@ -11,6 +11,7 @@ from hllm.doctor import examine
 from hllm.errors import ConfigError, InfraError
 from hllm.settings import Settings
 from tests.conftest import S3, free_port
+from tests.features.conftest import RedisServer
 
 Build = Callable[..., Settings]
 
@@ -105,6 +106,22 @@ def test_the_offline_store_is_a_folder_a_bucket_or_a_database_that_answers(
     found = find(tiny_settings(**away), "offline store")
     assert (found.state, found.service) == ("missing", True)
     assert "feast.offline_path" in found.remedy
+
+
+def test_a_redis_that_would_drop_vectors_is_a_setting_to_correct(
+    tiny_settings: Build, tmp_path: Path
+) -> None:
+    server = RedisServer(tmp_path, "--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru")
+    try:
+        settings = tiny_settings(**{"feast.online": "redis", "feast.online_url": server.place})
+        found = find(settings, "online store")
+        assert (found.state, found.service) == ("missing", False)
+        assert "maxmemory-policy is allkeys-lru" in found.found
+        assert "noeviction" in found.remedy
+        server.client().config_set("maxmemory-policy", "noeviction")
+        assert find(settings, "online store").state == "ok"
+    finally:
+        server.stop()
 
 
 def test_a_package_that_is_not_installed_is_named(

@@ -16,7 +16,7 @@ import pytest
 from hllm import objects
 from hllm.artifacts import Manifest, Store, digest_of
 from hllm.errors import ConfigError, DataError, InfraError
-from tests.conftest import S3, free_port, serve_s3_as_another
+from tests.conftest import S3, serve_s3_as_another
 from tests.faulty import Fault, Proxy, faulty
 
 LARGE = bytes(range(256)) * (9 << 12)  # 9 MiB: two parts with the smallest part that S3 allows

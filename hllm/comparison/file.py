@@ -169,9 +169,7 @@ def _as_sets(values: Mapping[str, Any]) -> list[str]:
     return [f"{dotted}={json.dumps(value, ensure_ascii=False)}" for dotted, value in values.items()]
 
 
-def _refuse_another_budget(
-    path: Path, name: str, own: Mapping[str, Any], budget: Mapping[str, Any]
-) -> None:
+def _refuse_another_budget(path: Path, name: str, own: Mapping[str, Any], budget: Mapping[str, Any]) -> None:
     changed = sorted(own.keys() & budget.keys())
     if changed:
         raise ConfigError(

@@ -86,9 +86,7 @@ def scores_of_candidates(
             for begin in range(0, len(places), CANDIDATES_AT_ONCE):
                 part = slice(begin, begin + CANDIDATES_AT_ONCE)
                 items = np.asarray(candidates_P[places[part]], np.int64)
-                candidates_PD = on_device(
-                    np.asarray(item_vectors_ID[items], np.float32), inputs_TD.device
-                )
+                candidates_PD = on_device(np.asarray(item_vectors_ID[items], np.float32), inputs_TD.device)
                 with inference_precision(inputs_TD.device):
                     logits_P = model.scores(
                         inputs_TD, history, candidates_PD, items, question_P[part], after_Q, asked_Q

@@ -127,9 +127,7 @@ def packed_histories(
         groups = order[number * batch : (number + 1) * batch]
         packing = Packing(np.asarray(lengths_R[longest_G[groups]], np.int64))
         positions = ragged(starts_G[groups], packing.lengths_S)
-        items_T, times_T = (
-            np.asarray(column[positions], np.int64) for column in (event_items, event_times)
-        )
+        items_T, times_T = (np.asarray(column[positions], np.int64) for column in (event_items, event_times))
         next_times_T = np.append(times_T[1:], UNKNOWN_TIME)
         next_times_T[packing.last_S] = asked_R[longest_G[groups]]
         rows = by_group[ragged(firsts_G[groups], counts_G[groups])]
@@ -140,4 +138,3 @@ def packed_histories(
             on_device(np.asarray(item_vectors_ID[items_T], np.float32), where),
             History(packing, items_T, times_T, next_times_T),
         )
-

@@ -81,14 +81,10 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
 def _rule(label: str, threshold: float, mine: float, other: float, metric: str, gap: str) -> Rule:
     name, shown = NAMES[label], metric_name(metric)
     if not threshold:
-        return Rule(
-            label, "reported", f"{shown} {mine:.4f}, {name} {other:.4f}{gap}: reported, not required"
-        )
+        return Rule(label, "reported", f"{shown} {mine:.4f}, {name} {other:.4f}{gap}: reported, not required")
     required = threshold * other
     if mine > required:
-        return Rule(
-            label, "passed", f"{shown} {mine:.4f} exceeds {threshold:g} x {name}'s {other:.4f}{gap}"
-        )
+        return Rule(label, "passed", f"{shown} {mine:.4f} exceeds {threshold:g} x {name}'s {other:.4f}{gap}")
     return Rule(
         label, "failed", f"{shown} {mine:.4f} does not exceed {threshold:g} x {name}'s {other:.4f}{gap}"
     )

@@ -167,9 +167,7 @@ class Export(Vectors):
             DataError: one has not: a disk or a hand changed it.
         """
         paths = [path for entity in ENTITIES for path in self.files(entity)]
-        damaged = [
-            path.name for path in paths if self.manifest.files.get(path.name) != digest_file(path)
-        ]
+        damaged = [path.name for path in paths if self.manifest.files.get(path.name) != digest_file(path)]
         if damaged:
             raise DataError(
                 "files are not what was exported: their digests differ from the manifest's",

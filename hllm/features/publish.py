@@ -193,9 +193,7 @@ class Publication:
         progress = self._read_progress(started_at)
         written, online_began = 0, time.monotonic()
         for entity in ENTITIES:
-            start = kept_until(
-                self.settings, self.export, entity, self.version, progress.get(entity.name, 0)
-            )
+            start = kept_until(self.settings, self.export, entity, self.version, progress.get(entity.name, 0))
             self._write_online(views, entity, started_at, progress, start)
             written += self.export.rows(entity) - start
         later = refreshed(self.settings, self.version)  # none, unless all of it is written again

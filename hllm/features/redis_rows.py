@@ -181,6 +181,21 @@ class Rows:
                 return
 
 
+def refuse_eviction(redis: Redis, where: str) -> None:
+    """
+    Raises:
+        ConfigError: Redis evicts any key when it is full: it would throw champions away.
+    """
+    memory = redis.info("memory")
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if int(memory.get("maxmemory", 0)) and policy.startswith("allkeys"):
+        raise ConfigError(
+            f"maxmemory-policy is {policy}: when it is full, Redis would drop vectors that are being served",
+            where=where,
+            remedy="Set maxmemory-policy to noeviction (or volatile-*: published rows never expire).",
+        )
+
+
 def require_room(redis: Redis, rows: int, bytes_per_row: int, where: str) -> None:
     """Before the first row: room for all of them, and no policy that would throw champions away.
 
@@ -188,15 +203,9 @@ def require_room(redis: Redis, rows: int, bytes_per_row: int, where: str) -> Non
         ConfigError: Redis evicts any key when it is full.
         InfraError: what is to be written does not fit.
     """
+    refuse_eviction(redis, where)
     memory = redis.info("memory")
     limit, used = int(memory.get("maxmemory", 0)), int(memory.get("used_memory", 0))
-    policy = memory.get("maxmemory_policy", "noeviction")
-    if limit and policy.startswith("allkeys"):
-        raise ConfigError(
-            f"maxmemory-policy is {policy}: when it is full, Redis would drop vectors that are being served",
-            where=where,
-            remedy="Set maxmemory-policy to noeviction (or volatile-*: published rows never expire).",
-        )
     needed = rows * bytes_per_row
     if limit and needed > limit - used:
         raise InfraError(

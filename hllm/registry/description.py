@@ -115,9 +115,7 @@ def _data(manifests: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
     return f"**Data.** {counts or format(metrics['catalogue'], ',') + ' items'}{newest}."
 
 
-def _look_at(
-    metrics: Mapping[str, Any], champion: tuple[int, Mapping[str, Any]] | None, metric: str
-) -> str:
+def _look_at(metrics: Mapping[str, Any], champion: tuple[int, Mapping[str, Any]] | None, metric: str) -> str:
     """Segments where the candidate is clearly worse: by the report's own rule, so that the two agree."""
     entries = {**metrics["models"], **({"champion": champion[1]} if champion else {})}
     listed = []

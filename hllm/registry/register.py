@@ -244,9 +244,7 @@ def _champion_entry(
     return serving.version, entry
 
 
-def _ranking(
-    settings: Settings, finished: Finished, serving: VersionInfo | None
-) -> dict[str, Any] | None:
+def _ranking(settings: Settings, finished: Finished, serving: VersionInfo | None) -> dict[str, Any] | None:
     """What the vectors gain a ranker, beside the serving version's if that was measured, too."""
     if "rank" not in finished.folders:
         return None

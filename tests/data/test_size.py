@@ -62,9 +62,7 @@ def test_memory_does_not_grow_with_an_amazon_log(tmp_path: Path) -> None:
         source = tmp_path / str(users)
         source.mkdir()
         with (source / "Toys.inter.json").open("w") as file:
-            lists = (
-                f'"user-{n}": {[(n * 31 + k) % 5_000 for k in range(15)]}' for n in range(users)
-            )
+            lists = (f'"user-{n}": {[(n * 31 + k) % 5_000 for k in range(15)]}' for n in range(users))
             file.write("{" + ",\n".join(lists) + "}")
         titles = {str(n): {"title": f"Title of {n}"} for n in range(5_000)}
         (source / "Toys.item.json").write_text(json.dumps(titles))

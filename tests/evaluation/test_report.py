@@ -381,9 +381,7 @@ def test_what_the_vectors_are_worth_to_a_ranker_is_shown(tmp_path, pieces):
     from hllm.ranking.compare import ranking_of
     from tests.ranking.test_compare import written
 
-    ranking = ranking_of(
-        SETTINGS, written(tmp_path / "mine", 0.6), (3, written(tmp_path / "champion", 0.1))
-    )
+    ranking = ranking_of(SETTINGS, written(tmp_path / "mine", 0.6), (3, written(tmp_path / "champion", 0.1)))
     text = Page(page(tmp_path, pieces, ranking=ranking)[0]).text
     assert "What it is worth to a ranking model" in text
     for model in ranking["results"]["models"].values():

@@ -106,9 +106,7 @@ def by_one_kernel(
     out = torch.empty_like(query)
     for first_q, last_q, first_k, last_k in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
         part, keys, values = query[first_q:last_q], key[first_k:last_k], value[first_k:last_k]
-        keys, values = (
-            each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (keys, values)
-        )
+        keys, values = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (keys, values))
         scores = torch.einsum("qhe,khe->hqk", part, keys) * (scale or query.shape[-1] ** -0.5)
         at_q = torch.arange(len(part))[:, None] + len(keys) - len(part)
         at_k = torch.arange(len(keys))[None, :]
@@ -125,9 +123,7 @@ def test_the_path_of_flash_attention_computes_the_same(pair, monkeypatch: pytest
     outputs = [run_packed(packed, inputs, packing), run_packed_to_last(packed, inputs, packing)]
     monkeypatch.setattr("hllm.models.packing.flash_type", lambda query, dropout=0.0: query.dtype)
     calls = []
-    monkeypatch.setattr(
-        "hllm.models.packing.flash_kernel", lambda: calls.append("kernel") or by_one_kernel
-    )
+    monkeypatch.setattr("hllm.models.packing.flash_kernel", lambda: calls.append("kernel") or by_one_kernel)
     others = [run_packed(packed, inputs, packing), run_packed_to_last(packed, inputs, packing)]
     assert len(calls) == 6  # three layers, twice
     for one, other in zip(outputs, others, strict=True):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import encoded
 from hllm.errors import Terminated
+from hllm.models.lora import merged_state
 from hllm.models.recommender import Recommender
 from hllm.processes import joined, place
 from hllm.settings import Stage
@@ -38,7 +39,7 @@ def prepared(folder: Path) -> Prepared:
 
 
 def trained(
-    folder: Path, data: Prepared, zero: int = 0, stop_after: int = 0, **sets: Any
+    folder: Path, data: Prepared, zero: int = 0, stop_after: int = 0, lora_rank: int = 0, **sets: Any
 ) -> tuple[Recommender, dict[str, list[float]]]:
     """A model trained from the newest checkpoint in `folder`, and the points of its curves. `stop_after`: as
     SIGTERM would end it, and only one of the processes is told."""
@@ -60,7 +61,7 @@ def trained(
         for name, value in values.items():
             curves.setdefault(name, []).append(value)
 
-    model = tiny_llms(data)
+    model = tiny_llms(data, lora_rank=lora_rank)
     folder.mkdir(exist_ok=True)
     fit(
         model,
@@ -138,6 +139,15 @@ def as_one_of_two_by_zero(folder: Path) -> None:
             keep(folder, f"accumulated-{level}", *found)
 
 
+def as_one_of_two_with_adapters(folder: Path) -> None:
+    with joined():
+        data = prepared(folder / str(place().rank))
+        model, curves = trained(folder / "work", data, zero=3, lora_rank=2)
+        keep(folder, "zero-3", model, curves)
+        if place().first:
+            save_file(merged_state(model.user.decoder), folder / "merged.safetensors")
+
+
 def test_two_processes_train_as_one_does_and_either_continues_what_the_other_began(tmp_path: Path):
     on_ranks(f"{__name__}:as_one_of_two", tmp_path)
     data = prepared(tmp_path / "alone")
@@ -170,3 +180,23 @@ def test_zero_trains_as_plain_data_parallelism_does(level: int, tmp_path: Path):
     # One process without DeepSpeed continues from what two with it have written.
     alone, _ = trained(tmp_path / f"parts-{level}", prepared(tmp_path / "alone"))
     assert apart(alone.state_dict(), whole) < 0.01 * apart(whole, beginning(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="DeepSpeed compiles its communication on a CPU")
+def test_adapters_train_under_zero_as_they_do_alone_and_are_merged_whole(tmp_path: Path):
+    on_ranks(f"{__name__}:as_one_of_two_with_adapters", tmp_path)
+    data = prepared(tmp_path / "alone")
+    model, curves = trained(tmp_path / "work-alone", data, lora_rank=2)
+    keep(tmp_path, "alone", model, curves)
+    curves_of = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("zero-3", "alone")}
+    np.testing.assert_allclose(curves_of["zero-3"]["loss"], curves_of["alone"]["loss"], rtol=1e-4)
+    start = tiny_llms(data, lora_rank=2).state_dict()
+    weights, expected = (load_file(tmp_path / f"{name}.safetensors") for name in ("zero-3", "alone"))
+    assert apart(weights, expected) < 0.01 * apart(expected, start)
+    for name, value in start.items():
+        if ".base_layer." in name:
+            assert torch.equal(weights[name], value), f"{name} is not an adapter, and learned"
+    merged, whole = load_file(tmp_path / "merged.safetensors"), merged_state(model.user.decoder)
+    assert not [name for name in merged if "lora" in name or "base_layer" in name]
+    assert apart(merged, whole) < 0.01 * apart(whole, merged_state(tiny_llms(data, lora_rank=2).user.decoder))

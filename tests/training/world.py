@@ -13,6 +13,7 @@ import torch
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.models.backbone import build_decoder
 from hllm.models.items import IdItems, TextItems
+from hllm.models.lora import choose_what_learns
 from hllm.models.recommender import Recommender
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Decoder
@@ -44,10 +45,13 @@ def tiny_model(items: int, dropout: float = 0.3) -> Recommender:
     return Recommender(IdItems(items, 16), SASRecUser(16, 1, 2, dropout, 20), 0.07)
 
 
-def tiny_llms(prepared: Prepared, layers: int = 2) -> Recommender:
-    """Both towers text-reading LLMs, small ones."""
+def tiny_llms(prepared: Prepared, layers: int = 2, lora_rank: int = 0) -> Recommender:
+    """Both towers text-reading LLMs, small ones; with adapters that learn, if they have a rank."""
     torch.manual_seed(4)
-    decoders = [build_decoder(Decoder(width=16, heads=2, layers=layers), 256) for _ in range(2)]
+    shape = Decoder(width=16, heads=2, layers=layers, lora_rank=lora_rank)
+    decoders = [build_decoder(shape, 256) for _ in range(2)]
+    for decoder in decoders:
+        choose_what_learns(decoder, shape, "the tests")
     items = TextItems(decoders[0])
     torch.nn.init.normal_(items.item_token)
     items.attach(prepared.token_ids, prepared.token_offsets, trim=True)

@@ -231,7 +231,10 @@ class Run:
 
         def ready() -> str:
             state = self.state()
-            assert state in states or state not in {"success", "failed", "upstream_failed"}, (
+            if state == "upstream_failed":
+                tasks = {task["task_id"]: task["state"] for task in self.api.tasks(self.dag, self.run)}
+                raise AssertionError(f"{self.dag}: {tasks}")
+            assert state in states or state not in {"success", "failed"}, (
                 f"{self.dag}.{self.task} is {state}: {self.log()[-3000:]}"
             )
             return state if state in states else ""

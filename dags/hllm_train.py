@@ -11,7 +11,7 @@ from urllib.parse import quote
 from airflow.sdk import DAG, Asset
 from wiring import form
 from wiring.candidate import CANDIDATE, announce
-from wiring.runner import hllm_task, retries
+from wiring.runner import hllm_task, of_the_form, retries
 
 from hllm.steps import steps
 
@@ -39,7 +39,7 @@ with DAG(
             settings,
             step.name,
             step.argv,
-            environment=lambda context: form.environment(context["params"]),
+            environment=of_the_form,
             task_display_name=step.name,
             inlets=[outputs[need] for need in step.needs],
             outlets=[outputs[step.name]],
@@ -52,7 +52,7 @@ with DAG(
         settings,
         "register",
         ("register",),
-        environment=lambda context: form.environment(context["params"]),
+        environment=of_the_form,
         on_result=announce,
         inlets=[outputs["evaluate"]],
         outlets=[CANDIDATE],

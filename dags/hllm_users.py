@@ -9,34 +9,9 @@ from __future__ import annotations
 
 from airflow.sdk import DAG
 from wiring import form
-from wiring.runner import hllm_task, retries
+from wiring.clock import by_the_clock, refresh_tasks
 
 settings = form.settings()
 
-with DAG(
-    "hllm_users",
-    schedule="@daily",
-    catchup=False,
-    is_paused_upon_creation=True,
-    max_active_runs=1,
-    params={"config": form.config_param()},
-    default_args=retries(settings),
-    tags=["hllm"],
-    doc_md=__doc__,
-) as dag:
-    ingest, validate, refresh = (
-        hllm_task(
-            settings,
-            name,
-            command,
-            environment=lambda context: form.environment(context["params"]),
-            max_active_tis_per_dag=1,
-            doc_md=f"**{what}**\n\n`hllm {' '.join(command)}`",
-        )
-        for name, command, what in (
-            ("ingest", ("ingest",), "The log and the catalogue as they are now"),
-            ("validate", ("validate",), "Checked; rows that fail go to quarantine"),
-            ("refresh-users", ("refresh", "users"), "Encode users of whom the log knows more"),
-        )
-    )
-    ingest >> validate >> refresh
+with DAG("hllm_users", schedule="@daily", doc_md=__doc__, **by_the_clock(settings)) as dag:
+    refresh_tasks(settings, "users", "Encode users of whom the log knows more")

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 from airflow.sdk import DAG
 from wiring import form
-from wiring.runner import hllm_task, retries
+from wiring.clock import by_the_clock
+from wiring.runner import hllm_task, of_the_form
 
 settings = form.settings()
 
-with DAG(
-    "hllm_watch",
-    schedule="@hourly",
-    catchup=False,
-    is_paused_upon_creation=True,
-    max_active_runs=1,
-    params={"config": form.config_param()},
-    default_args=retries(settings),
-    tags=["hllm"],
-    doc_md=__doc__,
-) as dag:
+with DAG("hllm_watch", schedule="@hourly", doc_md=__doc__, **by_the_clock(settings)) as dag:
     hllm_task(
         settings,
         "watch",
         ("watch",),
-        environment=lambda context: form.environment(context["params"]),
+        environment=of_the_form,
         doc_md="**Look at the vectors that serve**\n\n`hllm watch`",
     )

@@ -17,6 +17,7 @@ from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from hllm.settings import Settings
+from wiring import form
 from wiring.form import ROOT
 
 RETRY_HELPS = {75, 128 + signal.SIGTERM, 128 + signal.SIGKILL}
@@ -123,6 +124,11 @@ def failure(command: Sequence[str], ended: Ended) -> AirflowException:
     """The exception that makes Airflow retry what a retry can mend, and fail at once what it cannot."""
     message = f"hllm {' '.join(command)} ended with {ended.exit_code}: {ended.line or 'it said nothing'}"
     return AirflowException(message) if ended.exit_code in RETRY_HELPS else AirflowFailException(message)
+
+
+def of_the_form(context: Context) -> dict[str, str]:
+    """The environment of a task that only the trigger form decides about."""
+    return form.environment(context["params"])
 
 
 def retries(settings: Settings) -> dict[str, Any]:

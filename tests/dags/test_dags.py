@@ -20,9 +20,9 @@ READ = """
 import json, sys, time
 import airflow.sdk, airflow.providers.standard.operators.hitl
 from airflow.dag_processing.dagbag import DagBag
-began = time.monotonic()
+began = time.process_time()
 bag = DagBag(dag_folder=sys.argv[1], collect_dags=True)
-seconds = time.monotonic() - began
+seconds = time.process_time() - began
 print(json.dumps({
     "seconds": seconds,
     "errors": {str(path): str(error) for path, error in bag.import_errors.items()},
@@ -77,7 +77,7 @@ def test_the_dags_parse_and_nothing_else_is_taken_for_one(found: dict[str, Any])
 
 def test_parsing_is_cheap_and_imports_nothing_heavy(found: dict[str, Any]) -> None:
     assert found["heavy"] == []
-    assert found["seconds"] < 5  # about 0.3 s; the limit only catches work at import time
+    assert found["seconds"] < 5  # of CPU, about 0.3; the limit only catches work at import time
 
 
 def test_hllm_train_is_the_pipeline_and_then_register(found: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ steps always work on local files, and the store carries finished folders to S3 a
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
@@ -256,6 +257,14 @@ class Store:
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
             file.flush()
             yield
+
+
+def user_name() -> str:
+    """Who runs this process, for audit trails. In a container that may be a number without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def file_digests(folder: Path, exclude: tuple[str, ...] = (WORK,)) -> dict[str, str]:

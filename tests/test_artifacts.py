@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hllm.artifacts import Manifest, Store, digest_of, file_digests, fingerprint, write_atomically
+from hllm.artifacts import (
+    Manifest,
+    Store,
+    digest_of,
+    file_digests,
+    fingerprint,
+    user_name,
+    write_atomically,
+)
 from hllm.errors import DataError, InfraError
 
 HOLD = """
@@ -111,3 +120,11 @@ def test_one_process_at_a_time_writes_an_output_and_a_dead_one_lets_go(tmp_path:
         holder.communicate()
     with store.lock("ingest", "k"):
         pass
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pod whose user is in no file of its image."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_010)
+    assert user_name() == "uid 4000010"

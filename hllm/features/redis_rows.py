@@ -10,7 +10,6 @@ change: everything else is one constant piece of the command, and the floats are
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import secrets
@@ -22,6 +21,7 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from hllm.artifacts import user_name
 from hllm.errors import ConfigError, InfraError
 from hllm.features.export import Batch, Entity
 from hllm.features.messages import vector_header
@@ -259,7 +259,7 @@ class Claim:
 def claim(redis: Redis, project: str, version: int) -> Iterator[Claim]:
     """Hold the claim on a version's rows for as long as the block runs."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    owner = f"{getpass.getuser()} on {socket.gethostname()}, process {os.getpid()}, since {since}"
+    owner = f"{user_name()} on {socket.gethostname()}, process {os.getpid()}, since {since}"
     owner += f", claim {secrets.token_hex(3)}"
     found = Claim(redis, f"hllm:publishing:{project}:v{version}", owner, f"version {version}")
     found.hold()

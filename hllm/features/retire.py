@@ -12,7 +12,6 @@ A process killed on the way leaves a version that is retired and not yet cleaned
 
 from __future__ import annotations
 
-import getpass
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from typing import Any
 
 import typer
 
-from hllm.artifacts import Store
+from hllm.artifacts import Store, user_name
 from hllm.features.export import ENTITIES
 from hllm.features.offline import remove_offline
 from hllm.features.online import publisher, rows_of
@@ -57,7 +56,7 @@ def retire(settings: Settings, *, by: str = "", note: str = "") -> list[int]:
             publisher(settings, info.version) as still_here,
         ):
             audit = {
-                "retired_by": by or getpass.getuser(),
+                "retired_by": by or user_name(),
                 "retired_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "retired_note": note,
             }

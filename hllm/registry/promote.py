@@ -8,13 +8,13 @@ and `rollback` takes back a promotion that was not finished.
 
 from __future__ import annotations
 
-import getpass
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import typer
 
+from hllm.artifacts import user_name
 from hllm.errors import ConfigError, GateError
 from hllm.registry import tracking, versions
 from hllm.registry.versions import CANDIDATE, CHAMPION, SERVICE_TAG, SERVING_TAG, VersionInfo
@@ -214,7 +214,7 @@ def _drop_candidate(settings: Settings, chosen: VersionInfo) -> None:
 def _audit(decision: str, by: str, note: str, at: str) -> dict[str, str]:
     return {
         "decision": decision,
-        "decided_by": by or getpass.getuser(),
+        "decided_by": by or user_name(),
         "decided_at": _moment(at),
         "decision_note": note,
     }

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hllm.errors import HLLMError, Terminated
-from hllm.processes import told
+from hllm.processes import GONE, told
 from hllm.settings import Settings
 
-TELLING = (64, 65, 66, 75, 143)
+TELLING = (64, 65, 66, 75)
 """Exit codes that say what happened; the other processes then die of it in their own ways."""
 
 
@@ -78,14 +78,19 @@ def run(count: int, argv: Sequence[str], grace_seconds: int) -> None:
             config, command, rest = config_from_args(get_args_parser().parse_args(arguments))
             elastic_launch(config, command)(*rest)
         except ChildFailedError as error:
-            failures = sorted(
-                error.failures.items(), key=lambda item: (item[1].exitcode not in TELLING, item[1].timestamp)
+            said = {rank: _last_line(Path(f"{folder}/last.{rank}")) for rank in error.failures}
+            rank, failure = min(
+                error.failures.items(),
+                key=lambda item: (
+                    GONE in said[item[0]],
+                    item[1].exitcode == Terminated.exit_code,  # torchrun stops those that are left
+                    item[1].exitcode not in TELLING,
+                    item[1].timestamp,
+                ),
             )
-            rank, failure = failures[0]
             if failure.exitcode == Terminated.exit_code:
                 raise Terminated from None
-            said = Path(f"{folder}/last.{rank}")
-            message = said.read_text("utf-8").splitlines()[0] if said.exists() else "it left no message"
+            message = said[rank] or "it left no message"
             exit_code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
             raise ProcessFailed(f"process {rank} of {count}: {message}", exit_code) from None
         except SignalException:
@@ -94,6 +99,11 @@ def run(count: int, argv: Sequence[str], grace_seconds: int) -> None:
             del os.environ["HLLM_LAUNCHED"], os.environ["HLLM_TERMINATION_LOG"]
             if leave is not None:
                 os.environ["HLLM_TERMINATION_LOG"] = leave
+
+
+def _last_line(left: Path) -> str:
+    """What a process left as its reason; nothing, where it was killed."""
+    return left.read_text("utf-8").partition("\n")[0] if left.exists() else ""
 
 
 def _meeting_place() -> list[str]:

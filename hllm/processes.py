@@ -9,6 +9,7 @@ costs it anything.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,11 +18,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from hllm.errors import InfraError
+
 if TYPE_CHECKING:
     import torch
 
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others, which may be reading inputs or writing outputs."""
+
+GONE = "another process of this step is gone"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,11 @@ def told(environ: Any = os.environ) -> bool:
 @contextmanager
 def joined(alone_too: bool = False) -> Iterator[Place]:
     """Meet the other processes, if there are any, until the end of the block. `alone_too`: also set up
-    `torch.distributed` for a process without others (DeepSpeed asks for it)."""
+    `torch.distributed` for a process without others (DeepSpeed asks for it).
+
+    Raises:
+        InfraError: one of them is gone: it was killed, or its machine was lost.
+    """
     global _place
     if not told() and not alone_too:
         yield _place
@@ -74,10 +83,23 @@ def joined(alone_too: bool = False) -> Iterator[Place]:
     before, _place = _place, found
     try:
         yield found
+    except RuntimeError as error:
+        if not _of_another(error):
+            raise
+        said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
+        raise InfraError(f"{GONE}: {said}", remedy="Its own message, or its machine's, says why.") from error
     finally:
         _place = before
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _of_another(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process. NCCL and the store have types of their own for
+    it; gloo only says it in words."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo/transport" in str(error)
 
 
 @contextmanager

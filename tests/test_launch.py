@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -79,6 +80,26 @@ def test_the_error_of_one_process_is_the_error_of_the_command(world: World):
     last = (world.folder / "termination-log").read_text()
     assert "at step" in last, said
     assert last.startswith("process ")
+
+
+@pytest.mark.slow
+def test_of_a_process_that_is_killed_the_command_says_so_and_the_others_do_not_hide_it(
+    tiny_source: TinySource, tmp_path: Path
+):
+    world = World(tmp_path, tiny_source, **SETS)
+    run_steps(world.settings, "ingest", "validate", "prepare")
+    command = world.start(*steps(world.settings)["train-hllm-1"].argv, *TWO)
+    work = world.output("train-hllm-1") / "work"
+    while latest(work) < 3:
+        assert command.poll() is None
+    (second,) = (
+        child for child in psutil.Process(command.pid).children() if child.environ().get("RANK") == "1"
+    )
+    second.kill()
+    said, _ = command.communicate(timeout=100)
+    assert command.returncode == 137, said
+    assert (world.folder / "termination-log").read_text().startswith("process 1 of 2: it left no message")
+    assert "continues from step" in world.run(*steps(world.settings)["train-hllm-1"].argv, *TWO)
 
 
 @pytest.mark.slow

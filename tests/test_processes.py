@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from hllm import processes
-from hllm.processes import Place, any_of, joined, place, told, total, turns
+from hllm.errors import InfraError
+from hllm.processes import Place, any_of, barrier, joined, place, told, total, turns
+from tests.training.world import on_ranks
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6])
@@ -43,3 +48,20 @@ def test_deepspeed_can_be_alone():
 def test_a_number_of_machines_is_no_place():
     assert told({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     assert not told({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def one_leaves(folder: Path) -> None:
+    with pytest.raises(InfraError, match=r"^another process of this step is gone: .*(reset|closed)"):
+        meet_twice()
+
+
+def meet_twice() -> None:
+    with joined() as here:
+        barrier()
+        if not here.first:
+            os._exit(0)
+        barrier()
+
+
+def test_whoever_is_left_says_that_another_is_gone(tmp_path: Path):
+    on_ranks(f"{__name__}:one_leaves", tmp_path)

@@ -6,6 +6,8 @@ from typing import Any
 
 LONG = {"HLLM__TRAIN__STAGE1__STEPS": "60", "HLLM__TRAIN__STAGE1__CHECKPOINT_MINUTES": "0.00001"}
 """A checkpoint after every step: a training that is met half-way, on any machine."""
+ENDLESS = {**LONG, "HLLM__TRAIN__STAGE1__STEPS": "5000"}
+"""One that must not be ready before the cluster has noticed; a kubelet looks at disks once a minute."""
 
 ANOTHERS = "ANOTHERS-CERTIFICATE"
 """Stands for the endpoint of an S3 server whose certificate is for another name."""
@@ -37,10 +39,16 @@ FAULTS: dict[str, dict[str, Any]] = {
         "ingest",
         elsewhere("certificate", AWS_ENDPOINT_URL_S3=ANOTHERS, AWS_CA_BUNDLE="/etc/hllm/certificate.pem"),
     ),
-    "disk": fault("train-hllm-1", {**LONG, "HLLM__RUN__SEED": "6"}, runner__pod__disk="1Mi"),
+    "disk": fault("train-hllm-1", {**ENDLESS, "HLLM__RUN__SEED": "6"}, runner__pod__disk="1Mi"),
     "nodes": fault(
         "train-hllm-1",
         {"HLLM__RUN__SEED": "5", "HLLM__TRAIN__STAGE1__STEPS": "20"},
+        **{"runner.steps.train-hllm-1.nodes": 2},
+    ),
+    "lost": fault(
+        "train-hllm-1",
+        {**LONG, "HLLM__RUN__SEED": "7"},
+        runner__retries=2,
         **{"runner.steps.train-hllm-1.nodes": 2},
     ),
     "rights": fault("ingest", elsewhere("rights")),

@@ -9,7 +9,7 @@ import pytest
 from hllm.steps import keys
 from tests.cluster.conftest import Platform
 from tests.cluster.jobsets import controlled
-from tests.cluster.test_faults import settings_of
+from tests.cluster.test_faults import settings_of, training
 from tests.cluster.world import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -31,3 +31,21 @@ def test_two_pods_train_one_model(platform: Platform, prepared: None) -> None:
         names = {pod["metadata"]["name"] for pod in pods}
         wait_until("both pods to be gone", lambda: not names & set(place.living()))
         assert json.loads(place.kubectl("get", "jobsets", "-o", "json"))["items"] == []
+
+
+def test_a_set_that_loses_a_pod_is_made_again_and_continues(platform: Platform, prepared: None) -> None:
+    place = platform.place
+    with controlled(place):
+        run = platform.start("fault_lost", "train-hllm-1")
+        first = training(platform, run)
+        second = f"{first[:-1]}1"
+        place.kubectl("delete", "pod", second, "--force", "--grace-period=0")
+        run.wait("success")
+        said = run.every_log()
+        assert "another process of this step is gone" in said
+        assert "continues from step" in said
+        assert len(place.pods(run.dag, run.task)) == 4
+        made = keys(settings_of(platform, "lost"))[run.task]
+        found = platform.store.manifest(run.task, made)
+        assert found
+        assert found.facts["processes"] == 2

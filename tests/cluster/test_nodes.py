@@ -9,7 +9,7 @@ import pytest
 from hllm.steps import keys
 from tests.cluster.conftest import Platform
 from tests.cluster.jobsets import controlled
-from tests.cluster.test_faults import settings_of, training
+from tests.cluster.test_faults import KILL, settings_of, training
 from tests.cluster.world import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -39,7 +39,7 @@ def test_a_set_that_loses_a_pod_is_made_again_and_continues(platform: Platform, 
         run = platform.start("fault_lost", "train-hllm-1")
         first = training(platform, run)
         second = f"{first[:-1]}1"
-        place.kubectl("delete", "pod", second, "--force", "--grace-period=0")
+        place.kubectl("exec", second, "--", "python3", "-c", KILL)
         run.wait("success")
         said = run.every_log()
         assert "another process of this step is gone" in said

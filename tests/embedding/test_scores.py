@@ -17,11 +17,17 @@ from hllm.embedding.items import ItemVectors
 from hllm.embedding.scores import held_out_scores, scores_of_candidates
 from hllm.errors import ConfigError, DataError
 from hllm.evaluation.evaluate import evaluate_package
+from hllm.features.publish import publish
+from hllm.features.verify import verify
 from hllm.models.load import load_user_model
 from hllm.models.package import Package
+from hllm.registry.promote import promote
+from hllm.registry.register import register
+from hllm.registry.versions import registered_version, serving_version
 from hllm.settings import Settings
 from hllm.steps import steps
 from tests.conftest import Trained
+from tests.features.world import online
 from tests.world import TinySource, run_steps, tiny_settings, write_labelled_source
 
 
@@ -198,6 +204,33 @@ def test_as_a_champion_it_is_level_with_itself(judging: Judging):
     figures, difference = entry["labelled"]["figures"]["auc"], entry["labelled"]["difference"]["auc"]
     assert figures["value"] == pytest.approx(mine["models"]["hllm-2"]["auc"]["value"], abs=1e-3)
     assert difference["value"] == pytest.approx(0, abs=1e-3)
+
+
+def test_it_is_registered_by_its_auc_published_and_promoted(
+    judging: Judging, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):  # MLflow writes them and leaves them
+        monkeypatch.setenv(name, judging.settings.mlflow.tracking_uri)
+    feast = judging.settings.feast.model_copy(
+        update={"repo": str(Path(__file__).parents[2] / "feature_repo")}
+    )
+    gate = judging.settings.gate.model_copy(update={"metric": "auc"})
+    settings = judging.settings.model_copy(update={"feast": feast, "gate": gate})
+    version = register(settings).version
+    found = registered_version(settings, str(version))
+    assert found.tags["objective"] == judging.objective
+    assert found.tags["gate"] == "passed"
+    publish(settings, str(version))
+    verify(settings, str(version))
+    promote(settings, str(version), by="a tester")
+    serving = serving_version(settings)
+    assert serving is not None
+    assert serving.version == version
+    export = parquet.read_table(next(judging.outputs["embed-hllm-3"].glob("users-*.parquet"))).slice(0, 1)
+    user, vector = export["user_id"][0].as_py(), export["vector"][0].as_py()
+    read = online(settings, version, [(user, "item20")])
+    assert read["user_vector"][0] == pytest.approx(vector)
+    assert read["affinity"][0] is not None
 
 
 def test_a_generative_model_has_no_probabilities_and_says_so(trained: Trained):

@@ -14,6 +14,7 @@ import ibis
 import pandas as pd
 from feast import FeatureStore
 from mlflow.exceptions import MlflowException
+from read_s3 import reach_s3
 
 HERE = Path(__file__).resolve().parent
 warnings.simplefilter("ignore")  # Feast and MLflow announce their own deprecations
@@ -54,6 +55,7 @@ if __name__ == "__main__":
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{HERE.parent / 'runs/mlflow.db'}")
     pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 28)
     store = FeatureStore(args.repo)
+    reach_s3(store)
     service = serving_service(store, args.model)
     print(f"online, {service}:\n{online(store, service, args.user, args.items)}\n")
     moments = [pd.Timestamp.now("UTC"), pd.Timestamp("2000-01-01", tz="UTC")]  # in 2000 nothing could be read

@@ -14,6 +14,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
@@ -33,6 +34,19 @@ BLOCK_BYTES = 4 << 20
 """What a reader asks for at a time, at least."""
 
 
+OF_CLIENTS = (
+    "AWS_",
+    "HLLM_S3_",
+    "HOME",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
+"""Beginnings of the environment variables that decide what a client is like."""
+
+
 def is_s3(location: str) -> bool:
     return location.startswith("s3://")
 
@@ -49,6 +63,13 @@ def s3_client(whole: bool = True) -> Any:
     `whole`: what it reads are whole objects, whose checksums can be compared. Not every store knows that the
     checksum of an object is not the one of a range.
     """
+    aws = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(OF_CLIENTS)))
+    return _client(whole, os.getpid(), aws)
+
+
+@lru_cache(maxsize=8)
+def _client(whole: bool, process: int, aws: tuple[tuple[str, str], ...]) -> Any:
+    """One for each process (connections cannot be shared) and each environment, which is where it looks."""
     import boto3
     from botocore.config import Config
 

@@ -91,9 +91,11 @@ def test_a_store_that_never_answers_is_given_up_with_one_line(
 ) -> None:
     location = f"{s3.bucket('objects-stalled')}/small"
     monkeypatch.setattr(objects, "READ_SECONDS", 0.2)
+    objects._client.cache_clear()
     proxy.faults = [Fault("stall", times=99, after=5)]
     with pytest.raises(InfraError, match="Read timeout") as error:
         objects.write_object(location, b"small")
+    objects._client.cache_clear()
     assert 3 <= proxy.seen <= objects.ATTEMPTS
     assert error.value.first_line.startswith(location)
 

@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from hllm.errors import DataError
 from hllm.features.export import Batch, Entity, Vectors
 from hllm.features.store import connect_postgres
 from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_relation, offline_source
-from hllm.objects import delete_objects, download, is_s3, list_objects, upload
+from hllm.objects import delete_objects, is_s3, list_objects, open_object, upload
 from hllm.settings import Settings
 
 BATCH_ROWS = 20_000
@@ -77,15 +78,16 @@ def offline_table(batch: Batch, version: int, at: datetime) -> pa.Table:
     )
 
 
-def count_offline(
-    settings: Settings, entity: Entity, version: int, at: datetime, scratch: Path, part: str = ""
-) -> int:
+def count_offline(settings: Settings, entity: Entity, version: int, at: datetime, part: str = "") -> int:
     """Rows of the offline table, or of the named part of it, with this event time; 0 when there is none."""
     if settings.feast.offline == "postgres":
         return _count_postgres(settings, offline_relation(settings, entity, version), at)
     target = offline_file(settings, entity, version, part)
-    path = download(target, scratch / Path(target).name) if is_s3(target) else Path(target)
-    return parquet.ParquetFile(path).metadata.num_rows if path.exists() else 0
+    try:
+        with open_object(target) if is_s3(target) else open(target, "rb") as file:
+            return parquet.ParquetFile(file).metadata.num_rows  # of S3, only the end of the file is fetched
+    except (DataError, FileNotFoundError):
+        return 0
 
 
 def remove_offline(settings: Settings, entity: Entity, version: int) -> int:

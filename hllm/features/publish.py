@@ -103,9 +103,7 @@ def publish(settings: Settings, version: str | None = None) -> None:
         f"({_counts(manifest.rows)}; online {rate:,.0f} rows/s), "
         f"service {service_name(info.version)} -> {settings.feast.online} {settings.feast.online_url}"
     )
-    typer.echo(
-        f"  plain Feast: feast --feature-store-yaml {folder / 'feature_store.yaml'} feature-services list"
-    )
+    typer.echo(f"  for plain Feast: {outputs.location(STEP, key)}/feature_store.yaml")
 
 
 def _serves_elsewhere(settings: Settings, info: VersionInfo, recorded: bool, same: bool) -> ConfigError:

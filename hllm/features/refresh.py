@@ -41,6 +41,7 @@ from hllm.features.online import publisher, write_online
 from hllm.features.publish import STEP as PUBLISH
 from hllm.features.publish import export_of, require_published_here
 from hllm.features.refreshed import STEP, refreshed
+from hllm.features.s3_files import as_feast_reads
 from hllm.features.store import open_store, registry_lock, service_errors
 from hllm.features.views import offline_source, view_name, views_of
 from hllm.processes import device
@@ -257,7 +258,8 @@ class Refresh:
         if self.settings.feast.offline != "file":
             return
         view = store.get_feature_view(view_name(self.entity, self.version))
-        if view.batch_source.path != offline_source(self.settings, self.entity, self.version):
+        pattern = offline_source(self.settings, self.entity, self.version)
+        if view.batch_source.path != as_feast_reads(pattern):
             with registry_lock(self.settings):
                 views = views_of(self.settings, self.version, view.tags)
                 store.apply([views.users, views.items])

@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from hllm.artifacts import write_atomically
 from hllm.errors import ConfigError, HLLMError, InfraError
+from hllm.features.s3_files import SCHEME, reach_s3
 from hllm.objects import is_s3
 from hllm.settings import Settings
 
@@ -41,6 +42,8 @@ def open_store(settings: Settings, mlflow: bool = False) -> FeatureStore:
     warnings.filterwarnings("ignore", message="On demand feature view is an experimental feature")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ibis")
     atexit.register(_leave_quietly)
+    if settings.feast.offline == "file" and is_s3(settings.feast.offline_path):
+        reach_s3()
     _make_folders(settings)
     with service_errors(settings):
         content = describe(settings, os.environ.get(PASSWORD, ""))
@@ -210,6 +213,12 @@ def service_errors(settings: Settings) -> Iterator[None]:
         raise
     except Exception as error:
         library = type(error).__module__.partition(".")[0]
+        if library == "_duckdb" and f"{SCHEME}://" in str(error):
+            raise InfraError(
+                f"an offline file cannot be read: {str(error).splitlines()[0]}",
+                where=settings.feast.offline_path,
+                remedy="Does S3 answer (`hllm doctor`)? Then run the same command again.",
+            ) from error
         if library not in {"redis", "psycopg", "psycopg_pool", "sqlite3", "sqlalchemy"}:
             raise
         raise InfraError(

@@ -7,7 +7,6 @@ version is touched. Column names carry no version: a ranking model keeps its col
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +15,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from hllm.features.export import ITEM, USER, Entity
+from hllm.features.s3_files import as_feast_reads
 from hllm.objects import is_s3
 from hllm.settings import Settings
 
@@ -123,15 +123,12 @@ def _source(settings: Settings, entity: Entity, version: int) -> Any:
     from feast import FileSource
     from feast.data_format import ParquetFormat
 
-    path = offline_source(settings, entity, version)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3", "") if is_s3(path) else ""
     return FileSource(
         name=name,
-        path=path,
+        path=as_feast_reads(offline_source(settings, entity, version)),
         file_format=ParquetFormat(),
         timestamp_field=EVENT_TIME,
         created_timestamp_column=CREATED,
-        s3_endpoint_override=endpoint,
     )
 
 

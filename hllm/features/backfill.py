@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import typer
 
 import hllm
 from hllm.artifacts import WORK, Manifest, Store, clear, digest_of, file_digests, file_schemas
@@ -31,6 +30,7 @@ from hllm.features.publish import export_of, registered_service
 from hllm.features.refresh import items_of, validated, writing
 from hllm.features.refreshed import STEP, refreshed
 from hllm.features.store import open_store, registry_lock, service_errors
+from hllm.last_words import say
 from hllm.processes import device
 from hllm.settings import Settings
 
@@ -99,7 +99,7 @@ class _BackFill:
                 start = None if day == self.days[0] else int(_end(day).timestamp()) - 86_400
                 key = f"v{self.info.version}-backfill-{day}{'-inside-training' if day in leaking else ''}"
                 if outputs.manifest(STEP, key):
-                    typer.echo(f"backfill: reused, {day} of version {self.info.version} is there")
+                    say(f"backfill: reused, {day} of version {self.info.version} is there")
                     continue
                 began, folder = time.monotonic(), outputs.folder(STEP, key)
                 clear(folder)
@@ -163,7 +163,7 @@ class _BackFill:
         )
         outputs.finish(manifest)
         mark = ", INSIDE the model's training window" if leaks else ""
-        typer.echo(
+        say(
             f"backfill: {day}, {rows['users']:,} users of version {self.info.version}, readable from "
             f"{at.isoformat()}{mark}"
         )

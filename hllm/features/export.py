@@ -78,7 +78,7 @@ class Vectors:
         return found
 
     def rows(self, entity: Entity) -> int:
-        return sum(parquet.ParquetFile(file).metadata.num_rows for file in self.files(entity))
+        return sum(_open(file).metadata.num_rows for file in self.files(entity))
 
     def batches(self, entity: Entity, rows: int, start: int = 0) -> Iterator[Batch]:
         """Every row from `start` on, at most `rows` at a time.
@@ -90,7 +90,7 @@ class Vectors:
         """
         first = 0
         for file in self.files(entity):
-            reader = parquet.ParquetFile(file)
+            reader = _open(file)
             for group in range(reader.num_row_groups):
                 held = reader.metadata.row_group(group).num_rows
                 if first + held <= start:
@@ -176,6 +176,21 @@ class Export(Vectors):
                 examples=damaged,
                 remedy="None of it is published. Delete the folder and run `hllm embed --stage 3` again.",
             )
+
+
+def _open(file: Path) -> parquet.ParquetFile:
+    """
+    Raises:
+        DataError: it was cut off, or overwritten.
+    """
+    try:
+        return parquet.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"is damaged: {str(error).splitlines()[0]}",
+            where=file,
+            remedy="Delete its folder and run the command that wrote it again.",
+        ) from None
 
 
 def bad_vectors(vectors_ND: npt.NDArray[np.float32]) -> tuple[str, npt.NDArray[np.int64]] | None:

@@ -41,6 +41,7 @@ from hllm.features.online import kept_until, publisher, require_room_for, write_
 from hllm.features.refreshed import Refreshed, refreshed
 from hllm.features.store import open_store, registry_lock, service_errors, write_yaml
 from hllm.features.views import Views, service_name, view_name, views_of
+from hllm.last_words import say
 from hllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def publish(settings: Settings, version: str | None = None) -> None:
         whole = same and info.tags.get("publication") in DONE
         if done and whole and registered_service(open_store(settings), info.version) is not None:
             counts = _counts(done.rows)
-            typer.echo(f"publish: reused, version {info.version} was published {done.created_at} ({counts})")
+            say(f"publish: reused, version {info.version} was published {done.created_at} ({counts})")
             return
         serving = serving_version(settings)
         if serving and serving.version == info.version:
@@ -98,7 +99,7 @@ def publish(settings: Settings, version: str | None = None) -> None:
         set_tags(settings, info.version, {"publication": "published"})
     online = manifest.facts
     rate = online["written"] / max(online["online_seconds"], 1e-9)
-    typer.echo(
+    say(
         f"publish: version {info.version} in {manifest.seconds:.1f} s "
         f"({_counts(manifest.rows)}; online {rate:,.0f} rows/s), "
         f"service {service_name(info.version)} -> {settings.feast.online} {settings.feast.online_url}"

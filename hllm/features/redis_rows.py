@@ -15,6 +15,9 @@ import os
 import secrets
 import socket
 import struct
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,8 +35,9 @@ if TYPE_CHECKING:
     from hllm.settings import Settings
 
 STRING, SCAN_KEYS = 2, 2_000
-CLAIM_SECONDS = 120
-"""After so long without a sign of life a publisher counts as dead and another may take over."""
+CLAIM_SECONDS, SIGN_SECONDS = 30, 3
+"""After so long without a sign of life a publisher counts as dead and another takes over; and how often a
+living one gives a sign."""
 
 
 def connect(settings: Settings) -> Redis:
@@ -221,7 +225,8 @@ def require_room(redis: Redis, rows: int, bytes_per_row: int, where: str) -> Non
 class Claim:
     """One publisher at a time per version, also when publishers run on different machines.
 
-    Redis holds the publisher's name for two minutes; every batch renews it. Whoever finds another name ends.
+    Redis holds the publisher's name for half a minute; while it lives, a thread renews it. Whoever finds the
+    name of a living one ends; of one that was killed, waits until its time is over.
     """
 
     redis: Redis
@@ -229,8 +234,27 @@ class Claim:
     owner: str
     where: str
 
+    def take(self) -> None:
+        """Take the claim.
+
+        Raises:
+            InfraError: another publisher holds it, and lives; says which.
+        """
+        before: int | None = None
+        while True:
+            try:
+                return self.hold()
+            except InfraError:
+                left = self.redis.pttl(self.key)  # milliseconds; -2 when it has just gone
+                if left == -1 or (before is not None and left > before):
+                    raise
+                if before is None:
+                    print(f"{self.where}: claimed by {self._holder()}; does it live?", file=sys.stderr)
+                before = left
+                time.sleep(0.5)
+
     def hold(self) -> None:
-        """Take the claim, or renew it.
+        """Take the claim if it is free, or renew it.
 
         Raises:
             InfraError: another publisher holds it; says which.
@@ -242,9 +266,16 @@ class Claim:
             raise InfraError(
                 f"another publisher is at work: {holder}",
                 where=self.where,
-                remedy=f"Wait for it, then run again; if it died, its claim ends {CLAIM_SECONDS} s later.",
+                remedy="Wait for it, then run again.",
             )
         self.redis.expire(self.key, CLAIM_SECONDS)
+
+    def live(self, ended: threading.Event) -> None:
+        """Renew the claim until the end. That it was lost, or Redis went away, `hold` tells the writer."""
+        while not ended.wait(SIGN_SECONDS):
+            with contextlib.suppress(Exception):
+                if self._holder() == self.owner:
+                    self.redis.expire(self.key, CLAIM_SECONDS)
 
     def release(self) -> None:
         if self._holder() == self.owner:
@@ -262,10 +293,15 @@ def claim(redis: Redis, project: str, version: int) -> Iterator[Claim]:
     owner = f"{user_name()} on {socket.gethostname()}, process {os.getpid()}, since {since}"
     owner += f", claim {secrets.token_hex(3)}"
     found = Claim(redis, f"hllm:publishing:{project}:v{version}", owner, f"version {version}")
-    found.hold()
+    found.take()
+    ended = threading.Event()
+    sign = threading.Thread(target=found.live, args=(ended,), daemon=True)
+    sign.start()
     try:
         yield found
     finally:
+        ended.set()
+        sign.join()
         with contextlib.suppress(Exception):  # it ends by itself; what went wrong before matters more
             found.release()
 

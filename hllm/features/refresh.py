@@ -44,6 +44,7 @@ from hllm.features.refreshed import STEP, refreshed
 from hllm.features.s3_files import as_feast_reads
 from hllm.features.store import open_store, registry_lock, service_errors
 from hllm.features.views import offline_source, view_name, views_of
+from hllm.last_words import say
 from hllm.processes import device
 from hllm.settings import Settings
 
@@ -92,7 +93,7 @@ def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime)
         source, as_of = work.source(until)
         done = refreshed(settings, info.version, kind)
         if done and done[-1].manifest.facts["source"] == source:
-            typer.echo(
+            say(
                 f"refresh: reused, {kind} of version {info.version} are as of {done[-1].as_of} "
                 "and nothing changed since"
             )
@@ -102,7 +103,7 @@ def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime)
             manifest = work.publish()
             tracker.finish(manifest)
     count = manifest.rows[kind]
-    typer.echo(
+    say(
         f"refresh: {count:,} {kind} of version {info.version} as of {manifest.facts['as_of']} in "
         f"{manifest.seconds:.1f} s, readable from {manifest.facts['available_at']}"
     )

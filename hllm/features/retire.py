@@ -17,8 +17,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-import typer
-
 from hllm.artifacts import Store, user_name
 from hllm.features.export import ENTITIES
 from hllm.features.offline import remove_offline
@@ -29,6 +27,7 @@ from hllm.features.redis_rows import connect
 from hllm.features.refreshed import STEP as REFRESH
 from hllm.features.store import open_store, registry_lock, service_errors
 from hllm.features.views import service_name, view_name
+from hllm.last_words import say
 from hllm.progress import Progress
 from hllm.registry import tracking, versions
 from hllm.registry.promote import REPLACED_TAG
@@ -68,9 +67,9 @@ def retire(settings: Settings, *, by: str = "", note: str = "") -> list[int]:
                 tracker.note({"hllm.removed": said})
             versions.set_tags(settings, info.version, {CLEANED_TAG: said})
         removed.append(info.version)
-        typer.echo(f"retire: version {info.version}, {said}, in {time.monotonic() - began:.1f} s")
+        say(f"retire: version {info.version}, {said}, in {time.monotonic() - began:.1f} s")
     if not removed:
-        typer.echo("retire: nothing to remove")
+        say("retire: nothing to remove")
     return removed
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import typer
 
 from hllm.errors import DataError
 from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export, Vectors, bad_vectors
@@ -26,6 +25,7 @@ from hllm.features.publish import export_of, registered_service, require_publish
 from hllm.features.refreshed import refreshed
 from hllm.features.store import open_store, service_errors
 from hllm.features.views import service_name
+from hllm.last_words import say
 from hllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def verify(settings: Settings, version: str | None = None) -> None:
         info.version,
         {"publication": "verified", "feast.feature_service": service_name(info.version)},
     )
-    typer.echo(f"verify: version {info.version} is what was exported: " + "; ".join(checked))
+    say(f"verify: version {info.version} is what was exported: " + "; ".join(checked))
 
 
 class Differs(DataError):

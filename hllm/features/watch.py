@@ -18,6 +18,7 @@ from hllm.errors import ConfigError, GateError
 from hllm.features.store import service_errors
 from hllm.features.views import service_name
 from hllm.features.watched import Look, Watched, folder_of
+from hllm.last_words import say
 from hllm.objects import upload
 from hllm.registry.versions import VersionInfo, serving_version
 from hllm.settings import Settings
@@ -56,7 +57,7 @@ def watch(settings: Settings) -> list[Look]:
             where=f"watch: {info.model} version {info.version}",
             remedy="\n  ".join([*(look.says for look in alerts), f"The page: {page}"]),
         )
-    typer.echo(f"watch: version {info.version} is fresh, complete and sound -> {page}")
+    say(f"watch: version {info.version} is fresh, complete and sound -> {page}")
     return looks
 
 

@@ -12,10 +12,9 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-import typer
-
 from hllm.artifacts import user_name
 from hllm.errors import ConfigError, GateError
+from hllm.last_words import say
 from hllm.registry import tracking, versions
 from hllm.registry.versions import CANDIDATE, CHAMPION, SERVICE_TAG, SERVING_TAG, VersionInfo
 from hllm.settings import Settings
@@ -52,7 +51,7 @@ def promote(
     last, named = versions.last_promoted(settings), versions.champion(settings)
     if _serves(chosen, last):
         _drop_candidate(settings, chosen)
-        typer.echo(f"promote: {_name(chosen)} is the champion already; nothing changed")
+        say(f"promote: {_name(chosen)} is the champion already; nothing changed")
         return versions.registered_version(settings, str(chosen.version))
     before = next((info for info in (last, named) if info and info.version != chosen.version), None)
     if before:
@@ -84,10 +83,10 @@ def reject(
         )
     audit = _audit("rejected", by, note, at)
     if chosen.tags.get("decision") == "rejected":
-        typer.echo(f"reject: {_name(chosen)} was rejected already; nothing changed")
+        say(f"reject: {_name(chosen)} was rejected already; nothing changed")
     else:
         versions.set_tags(settings, chosen.version, audit)
-        typer.echo(
+        say(
             f"rejected: {_name(chosen)}, decided by {audit['decided_by']} at {audit['decided_at']}: {note}"
         )
     _drop_candidate(settings, chosen)
@@ -110,7 +109,7 @@ def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: s
     _refuse_rejected(target)
     _refuse_unpublished(target)
     if _serves(target, last) and begun is None:
-        typer.echo(f"rollback: {_name(target)} is the champion already; nothing changed")
+        say(f"rollback: {_name(target)} is the champion already; nothing changed")
         return target
     promoted = _begun_version(settings, begun) if begun and begun["action"] == "promoted" else None
     left = next((info for info in (promoted, named, last) if info and info.version != target.version), None)
@@ -139,7 +138,7 @@ def _settle(
     """The alias has moved: the change is done."""
     versions.set_model_tags(settings, {SERVING_TAG: str(to.version)})
     came_from = f"from version {left.version} " if left else ""
-    typer.echo(
+    say(
         f"{action}: champion of {to.model} moved {came_from}to version {to.version} "
         f"(service {to.tags[SERVICE_TAG]}), decided by {audit['decided_by']} at {audit['decided_at']}"
         + (f": {audit['decision_note']}" if audit["decision_note"] else "")

@@ -14,6 +14,7 @@ from hllm.features.online import rows_of
 from hllm.features.publish import publication_folder, publish
 from hllm.features.redis_rows import claim, connect
 from hllm.features.verify import verify
+from hllm.registry.versions import serving_version
 from tests.features.conftest import RedisServer
 from tests.features.world import ODD_IDS, online, register, settings_for, tags_of, write_export
 
@@ -139,6 +140,14 @@ def test_of_two_publishers_one_wins_and_the_other_says_who(settings, export):
     assert not connect(settings).keys("hllm:publishing*")
 
 
+def test_the_claim_of_a_publisher_that_was_killed_is_waited_out(settings, export, capsys):
+    version = register(settings, export)
+    connect(settings).set("hllm:publishing:hllm:v1", "one that was killed", px=1_500)
+    publish(settings, str(version))
+    assert "version 1: claimed by one that was killed; does it live?" in capsys.readouterr().err
+    verify(settings, str(version))
+
+
 def test_a_publisher_whose_claim_was_taken_over_stops(settings, export, monkeypatch):
     version = register(settings, export)
     redis = connect(settings)
@@ -160,22 +169,25 @@ def test_two_publishers_on_one_machine(settings, export):
 
 
 def test_a_registry_that_moved_on_keeps_both_publications(settings, export, tmp_path, monkeypatch):
-    """Version 2 is published whole while version 1 is being written."""
+    """Version 3 is published whole while version 2 is being written; version 1 serves throughout."""
     from hllm.features.store import open_store
 
-    register(settings, export)
-    other = str(register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / "two", seed=5)))
-    _after_batches(monkeypatch, 2, lambda: publish(settings, other))
-    publish(settings, "1")
+    _serve(settings, export)
+    second, third = (
+        str(register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / name, seed=seed)))
+        for name, seed in (("two", 5), ("three", 7))
+    )
+    _after_batches(monkeypatch, 2, lambda: publish(settings, third))
+    publish(settings, second)
     names = {service.name for service in open_store(settings).list_feature_services()}
-    assert names == {"hllm_v1", "hllm_v2"}
-    for version in ("1", "2"):
+    assert names == {"hllm_v1", "hllm_v2", "hllm_v3"}
+    assert serving_version(settings).version == 1
+    for version in ("1", second, third):
         verify(settings, version)
 
 
 def test_a_crash_between_publish_and_promote_leaves_the_champion(settings, export, tmp_path):
     from hllm.registry.promote import promote
-    from hllm.registry.versions import serving_version
 
     _serve(settings, export)
     second = str(register(settings, write_export(tmp_path / "root" / "embed-hllm-3" / "two", seed=5)))
@@ -201,11 +213,15 @@ def test_a_corrupted_shard_is_never_published(settings, export):
     assert tags_of(settings, version)["publication"] == "absent"
     redis = connect(settings)
     assert not any(b"v2" in field for key in redis.scan_iter() for field in redis.hkeys(key))
+    shard.write_bytes(content[:-20])  # cut off
+    with pytest.raises(DataError, match=r"users-00001.parquet: is damaged"):
+        publish(settings, str(version))
     # The champion's own export may rot, too: that is said, and takes nothing from readers.
     (export / "users-00000.parquet").write_bytes(b"gone")
-    with pytest.raises(Exception, match=r"users-00000|Parquet"):
+    with pytest.raises(DataError, match=r"users-00000.parquet: is damaged"):
         verify(settings, "1")
-    assert tags_of(settings, 1)["publication"] == "verified"
+    assert serving_version(settings).version == 1
+    assert online(settings, 1, [("u50", "i30")])["user_model_version"] == ["1"]
 
 
 def _serve(settings, export) -> None:

@@ -50,6 +50,8 @@ class Api:
         )
 
     def active_runs(self, dag: str) -> list[str]:
+        """Runs that have not ended. Waits for the DAG processor to have read the DAG."""
+        self._wait_for_dag(dag)
         found = self.get(f"/api/v2/dags/{dag}/dagRuns?state=running&state=queued&limit=100")["dag_runs"]
         return [str(run["dag_run_id"]) for run in found]
 
@@ -96,7 +98,7 @@ class Api:
         self.patch(path, {"chosen_options": ["Approve"], "params_input": {"note": note}})
 
     def _wait_for_dag(self, dag: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # the files are read one after another
         while True:
             try:
                 if not self.get(f"/api/v2/dags/{dag}")["is_stale"]:

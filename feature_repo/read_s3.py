@@ -22,4 +22,5 @@ def reach_s3(store: FeatureStore) -> None:
     places = [str(getattr(view.batch_source, "path", "")) for view in store.list_feature_views()]
     if any(place.startswith("s3a://") for place in places):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        ibis.get_backend().register_filesystem(Files(S3FileSystem(endpoint_override=endpoint)))
+        own = S3FileSystem(endpoint_override=endpoint, tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE"))
+        ibis.get_backend().register_filesystem(Files(own))

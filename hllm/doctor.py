@@ -303,7 +303,11 @@ def _offline(settings: Settings) -> str:
         _ask_postgres(describe(settings, os.environ.get(PASSWORD, ""))["offline_store"])
         return f"postgres {place} answers"
     if is_s3(place):
-        return _bucket(place)
+        from hllm.features.s3_files import require_reach
+
+        said = _bucket(place)
+        require_reach(place)
+        return said
     if Path(place).is_file():
         raise ConfigError("is a file, not a folder", where=place)
     return f"files: {_file(Path(place))}"

@@ -9,6 +9,7 @@ import pytest
 from hllm import doctor
 from hllm.doctor import examine
 from hllm.errors import ConfigError, InfraError
+from hllm.features.s3_files import require_reach
 from hllm.settings import Settings
 from tests.conftest import S3, free_port
 from tests.features.conftest import RedisServer
@@ -89,7 +90,7 @@ def test_s3_is_asked_for_every_bucket_in_the_settings(tiny_settings: Build, s3: 
 
 
 def test_the_offline_store_is_a_folder_a_bucket_or_a_database_that_answers(
-    tiny_settings: Build, s3: S3, tmp_path: Path
+    tiny_settings: Build, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = f"{s3.bucket('vectors')}/offline"
     (tmp_path / "taken").write_text("")
@@ -102,6 +103,9 @@ def test_the_offline_store_is_a_folder_a_bucket_or_a_database_that_answers(
     ):
         found = find(tiny_settings(**{"feast.offline_path": path}), "offline store")
         assert (found.state, says in found.found) == (state, True), found
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of somebody else")
+    with pytest.raises(InfraError, match="pyarrow, by which Feast reads offline files, does not get there"):
+        require_reach(there)
     away = {"feast.offline": "postgres", "feast.offline_path": f"hllm@127.0.0.1:{free_port()}/feast"}
     found = find(tiny_settings(**away), "offline store")
     assert (found.state, found.service) == ("missing", True)

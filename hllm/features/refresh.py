@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from hllm.registry.versions import VersionInfo
 
 PLAN = "plan.json"
+UNCHANGED_TAG = "items_unchanged_at"
+"""Of a version: when a look at the catalogue last found nothing new; no refresh is recorded then."""
 Kind = Literal["users", "items"]
 TEXTS = ("prepare.prompt", "prepare.fields", "prepare.field_template", "prepare.field_separator")
 TOKENS = ("prepare.max_tokens", "model.item_llm.backbone")
@@ -85,6 +87,7 @@ def refresh(settings: Settings, kind: Kind, *, until: str = "") -> None:
 
 def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime) -> None:
     from hllm.registry.tracking import version_run
+    from hllm.registry.versions import set_tags
 
     export, outputs = export_of(info.tags["export"]), Store(settings.run.root)
     with service_errors(settings), writing(settings, info, export) as still_here:
@@ -97,6 +100,8 @@ def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime)
                 f"refresh: reused, {kind} of version {info.version} are as of {done[-1].as_of} "
                 "and nothing changed since"
             )
+            if kind == "items":
+                set_tags(settings, info.version, {UNCHANGED_TAG: until.isoformat()})
             return
         with version_run(settings, info, f"refresh-{kind}", {"as_of": as_of.isoformat()}) as tracker:
             work.compute(source, as_of)

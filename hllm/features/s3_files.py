@@ -9,6 +9,9 @@ spelling of the same, and pyarrow's S3 client reads it, which is there wherever 
 from __future__ import annotations
 
 import os
+from typing import Any
+
+from hllm.errors import InfraError
 
 SCHEME = "s3a"
 
@@ -19,16 +22,41 @@ def as_feast_reads(location: str) -> str:
 
 
 def reach_s3() -> None:
-    """From now on this process's DuckDB under Feast reads `s3a://`, with the environment's address and
-    credentials."""
+    """From now on this process's DuckDB under Feast reads `s3a://`."""
     import ibis
     from fsspec.implementations.arrow import ArrowFSWrapper
-    from pyarrow.fs import S3FileSystem
 
     class Files(ArrowFSWrapper):
         protocol = (SCHEME,)
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     backend = ibis.get_backend()
     backend.con.unregister_filesystem(SCHEME)
-    backend.register_filesystem(Files(S3FileSystem(endpoint_override=endpoint)))
+    backend.register_filesystem(Files(_client()))
+
+
+def require_reach(location: str) -> None:
+    """Look into a folder of S3 as Feast does.
+
+    Raises:
+        InfraError: it cannot be looked into.
+    """
+    from pyarrow.fs import FileSelector
+
+    try:
+        _client().get_file_info(FileSelector(location.removeprefix("s3://"), allow_not_found=True))
+    except OSError as error:
+        raise InfraError(
+            f"pyarrow, by which Feast reads offline files, does not get there: {error}", where=location
+        ) from None
+
+
+def _client() -> Any:
+    """pyarrow's, with the address, authorities and addressing of `hllm.objects`."""
+    import certifi
+    from pyarrow.fs import S3FileSystem
+
+    return S3FileSystem(
+        endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+        tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE") or certifi.where(),
+        force_virtual_addressing=os.environ.get("HLLM_S3_ADDRESSING") == "virtual",
+    )

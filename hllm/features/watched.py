@@ -17,10 +17,9 @@ import numpy.typing as npt
 
 from hllm.artifacts import MANIFEST, Store
 from hllm.data import duck
-from hllm.errors import HLLMError
 from hllm.features.export import ITEM, USER, Entity, Export
 from hllm.features.publish import export_of, registered_service
-from hllm.features.refresh import PLAN, validated
+from hllm.features.refresh import PLAN, UNCHANGED_TAG
 from hllm.features.refreshed import STEP as REFRESH
 from hllm.features.refreshed import refreshed
 from hllm.features.store import open_store
@@ -97,32 +96,39 @@ class Watched:
             if service
             else datetime(1970, 1, 1, tzinfo=UTC)
         )
-        for kind, most in (("users", limits.max_user_hours), ("items", limits.max_item_hours)):
+        for kind, most, why in (
+            ("users", limits.max_user_hours, "does the log still grow, "),
+            ("items", limits.max_item_hours, ""),
+        ):
             last = [one.available_at for one in refreshed(self.settings, self.info.version, kind)]
+            if kind == "items" and UNCHANGED_TAG in self.info.tags:  # a catalogue may be quiet for days
+                last.append(datetime.fromisoformat(self.info.tags[UNCHANGED_TAG]))
             hours = (self.now - max([published, *last])) / timedelta(hours=1)
             yield Look(
                 f"{kind}_age_hours",
                 f"hours since {kind} were brought up to date",
                 max(hours, 0.0),
                 most=most,
-                remedy=f"does the DAG hllm_{kind} run, is it switched on? By hand: `hllm ingest`, "
+                remedy=f"{why}does the DAG hllm_{kind} run, is it switched on? By hand: `hllm ingest`, "
                 f"`hllm validate`, `hllm refresh {kind}`.",
             )
 
     def coverage(self) -> Iterator[Look]:
-        """Of active users and of the catalogue, as far as the log was validated."""
-        limits = self.settings.watch
-        try:
-            folder = Store(self.settings.run.root).fetch("validate", validated(self.settings).key)
-        except HLLMError:
+        """Of active users and of the catalogue, as the newest validated data know them: the source moves on,
+        and the next refresh has not read it yet."""
+        limits, outputs = self.settings.watch, Store(self.settings.run.root)
+        name = self.settings.run.name
+        read = [one for one in outputs.finished("validate") if one.facts.get("run") == name]
+        if not read:
             yield Look(
                 "data_missing",
-                "today's data not read yet",
+                "data not read yet",
                 1,
                 most=0,
                 remedy="coverage is unknown: run `hllm ingest` and `hllm validate` with these settings.",
             )
             return
+        folder = outputs.fetch("validate", read[-1].key)
         log = duck.parquet(folder / "interactions.parquet")
         since = f"(SELECT max(timestamp) FROM {log}) - {int(limits.active_days * 86_400)}"
         users = self._sample(f"SELECT DISTINCT user_id AS id FROM {log} WHERE timestamp >= {since}")
@@ -131,11 +137,11 @@ class Watched:
             (USER, users, limits.min_user_coverage, "active users"),
             (ITEM, items, limits.min_item_coverage, "items of the catalogue"),
         ):
-            read = self.online(entity, names, self.info.version)
+            vectors = self.online(entity, names, self.info.version)
             yield Look(
                 f"{entity.name}_coverage",
                 f"share of {what} with a vector",
-                sum(vector is not None for vector in read) / max(len(read), 1),
+                sum(vector is not None for vector in vectors) / max(len(vectors), 1),
                 least=least,
                 remedy=f"run `hllm refresh {entity.name}s`; if it finds nothing to do, ids of the log and of "
                 "the store differ, or the model cannot read these items.",

@@ -6,7 +6,8 @@ import json
 import os
 import sqlite3
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,6 +16,7 @@ from hllm.errors import ConfigError, GateError
 from hllm.features import watch as watching
 from hllm.features.watch import watch
 from hllm.features.watched import folder_of
+from hllm.registry.versions import set_tags
 from tests.features.refreshing import catalogue, go_on, register, serve
 
 TODAY = 1_600_000_000 + 3_600 * 200
@@ -86,14 +88,7 @@ def test_every_trouble_has_its_alert(served, tiny_source, tmp_path, monkeypatch)
     begun.write_text("{}")
     yesterday = time.time() - 86_400
     os.utime(begun, (yesterday, yesterday))
-    real = watching.datetime
-
-    class Late(real):
-        @classmethod
-        def now(cls, tz=None):
-            return real.now(tz) + timedelta(days=3)
-
-    monkeypatch.setattr(watching, "datetime", Late)
+    monkeypatch.setattr(watching, "datetime", _late(timedelta(days=3)))
     with pytest.raises(GateError) as raised:
         watch(later)
     says = str(raised.value)
@@ -119,6 +114,33 @@ def test_nothing_serves_and_no_data_yet(served, tmp_path):
     unknown = served.model_copy(update={"mlflow": served.mlflow.model_copy(update={"model_name": "unknown"})})
     with pytest.raises(ConfigError, match="no version serves"):
         watch(unknown)
-    unread = served.model_copy(update={"data": served.data.model_copy(update={"order_starts": 5})})
+    unread = served.model_copy(update={"run": served.run.model_copy(update={"name": "another"})})
     with pytest.raises(GateError, match="data_missing"):
         watch(unread)
+
+
+def test_a_source_that_moved_on_and_a_quiet_catalogue_are_no_trouble(served, tmp_path, monkeypatch, capsys):
+    from hllm.features.refresh import refresh
+
+    for _ in range(2):
+        refresh(served, "items")
+    assert "reused, items of version 2" in capsys.readouterr().out
+    log = Path(served.data.interactions)
+    log.write_text(log.read_text() + "u3,item20,1700000000\n")  # not read yet
+    days_later = datetime.now(UTC) + timedelta(days=3)
+    set_tags(served, 2, {"items_unchanged_at": days_later.isoformat()})
+    monkeypatch.setattr(watching, "datetime", _late(timedelta(days=3)))
+    limits = served.watch.model_copy(update={"max_user_hours": 100.0})
+    looks = {look.name: look for look in watch(served.model_copy(update={"watch": limits}))}
+    assert looks["items_age_hours"].value < 1
+    assert looks["users_age_hours"].value > 71
+    assert looks["user_coverage"].value == 1
+
+
+def _late(by: timedelta) -> type[datetime]:
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + by
+
+    return Late

@@ -70,7 +70,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
         if settings.model.family == "hllm":
             yield _asked(f"model.{name}", lambda backbone=backbone: _backbone(backbone), "")  # type: ignore[misc]
     yield _asked("MLflow", lambda: _mlflow(settings), "", service=True)
-    yield _asked("Feast registry", lambda: _registry(settings), "See feast.registry.", service=True)
+    remedy = "See feast.registry; HLLM_FEAST_PASSWORD if the server wants one."
+    yield _asked("Feast registry", lambda: _registry(settings), remedy, service=True)
     remedy = (
         f"See feast.online_url; start {settings.feast.online}, and set HLLM_FEAST_PASSWORD if it wants one."
     )

@@ -221,7 +221,9 @@ class Store:
             places = [
                 place for place in list_objects(f"{self.root}/{step}/") if place.endswith(f"/{MANIFEST}")
             ]
-            found = [Manifest(**json.loads(body)) for body in map(read_object, places) if body is not None]
+            with ThreadPoolExecutor(8) as pool:  # there may be hundreds
+                bodies = list(pool.map(read_object, places))
+            found = [Manifest(**json.loads(body)) for body in bodies if body is not None]
         else:
             folders = [folder for folder in sorted((self.local / step).glob("*")) if folder.is_dir()]
             found = [manifest for manifest in map(Manifest.read, folders) if manifest]

@@ -9,8 +9,9 @@ with the version and the moment from which it could be read, and a manifest that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from pathlib import Path
 
 from hllm.artifacts import Manifest, Store
 from hllm.features.export import ITEM, USER, Entity, Vectors
@@ -19,11 +20,18 @@ from hllm.settings import Settings
 STEP = "refresh"
 
 
-@dataclass(frozen=True)
 class Refreshed(Vectors):
-    """One finished refresh or back-fill."""
+    """One finished refresh or back-fill. Its folder is fetched when somebody asks for its vectors."""
 
+    def __init__(self, outputs: Store, manifest: Manifest) -> None:
+        self.__dict__ |= {"outputs": outputs, "manifest": manifest, "width": int(manifest.facts["width"])}
+
+    outputs: Store
     manifest: Manifest
+
+    @cached_property
+    def folder(self) -> Path:  # type: ignore[override]
+        return self.outputs.fetch(STEP, self.manifest.key)
 
     @property
     def entities(self) -> list[Entity]:
@@ -59,8 +67,6 @@ def refreshed(settings: Settings, version: int, *kinds: str) -> list[Refreshed]:
     outputs = Store(settings.run.root)
     found = [manifest for manifest in outputs.finished(STEP) if manifest.facts["version"] == version]
     chosen = [
-        Refreshed(outputs.fetch(STEP, manifest.key), int(manifest.facts["width"]), manifest)
-        for manifest in found
-        if not kinds or manifest.facts["kind"] in kinds
+        Refreshed(outputs, manifest) for manifest in found if not kinds or manifest.facts["kind"] in kinds
     ]
     return sorted(chosen, key=lambda one: (one.available_at, one.number))

@@ -19,7 +19,7 @@ from hllm.features.store import service_errors
 from hllm.features.views import service_name
 from hllm.features.watched import Look, Watched, folder_of
 from hllm.last_words import say
-from hllm.objects import upload
+from hllm.objects import read_object, upload
 from hllm.registry.versions import VersionInfo, serving_version
 from hllm.settings import Settings
 
@@ -87,6 +87,8 @@ def prometheus(info: VersionInfo, now: datetime, looks: list[Look]) -> str:
 def _write(settings: Settings, info: VersionInfo, now: datetime, looks: list[Look]) -> str:
     folder, outputs = folder_of(settings), Store(settings.run.root)
     folder.mkdir(parents=True, exist_ok=True)
+    if outputs.remote and (past := read_object(f"{outputs.root}/watch/{HISTORY}")):
+        write_atomically(folder / HISTORY, past)  # a pod finds nothing on its own disk
     seen = {"at": now.isoformat(), "version": info.version, **{look.name: look.value for look in looks}}
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(json.dumps(seen) + "\n")

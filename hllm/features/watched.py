@@ -24,6 +24,7 @@ from hllm.features.refreshed import STEP as REFRESH
 from hllm.features.refreshed import refreshed
 from hllm.features.store import open_store
 from hllm.features.views import view_name
+from hllm.objects import head_object, list_objects
 from hllm.registry import server, versions
 from hllm.registry.promote import REPLACED_TAG
 from hllm.registry.versions import VersionInfo
@@ -224,12 +225,7 @@ class Watched:
         """Work that was begun and not finished."""
         hours = self.settings.watch.max_hours_unfinished
         old = self.now - timedelta(hours=hours)
-        outputs = Store(self.settings.run.root)
-        plans = [
-            path.parent.name
-            for path in (outputs.local / REFRESH).glob(f"*/{PLAN}")
-            if not (path.parent / MANIFEST).exists() and path.stat().st_mtime < old.timestamp()
-        ]
+        plans = [name for name, begun in begun_refreshes(Store(self.settings.run.root)) if begun < old]
         with server.mlflow_errors(self.settings):
             client = server.client(self.settings)
             experiment = client.get_experiment_by_name(self.settings.run.name)
@@ -283,6 +279,20 @@ class Watched:
         chosen = f"SELECT id FROM ({query}) ORDER BY hash(id || {duck.text(day)}) LIMIT {most}"
         with duckdb.connect() as db:
             return [name for (name,) in db.execute(chosen).fetchall()]
+
+
+def begun_refreshes(outputs: Store) -> Iterator[tuple[str, datetime]]:
+    """Refreshes that are not finished, and when they were last worked at."""
+    if not outputs.remote:
+        for path in (outputs.local / REFRESH).glob(f"*/{PLAN}"):
+            if not (path.parent / MANIFEST).exists():
+                yield path.parent.name, datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        return
+    there = set(list_objects(f"{outputs.root}/{REFRESH}/"))
+    for place in sorted(there):
+        folder, _, name = place.rpartition("/")
+        if name == PLAN and f"{folder}/{MANIFEST}" not in there:
+            yield folder.rpartition("/")[2], head_object(place)["LastModified"]
 
 
 def folder_of(settings: Settings) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import time
 from datetime import UTC, datetime, timedelta
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from hllm import objects
+from hllm.artifacts import Manifest, Store
 from hllm.errors import ConfigError, GateError
 from hllm.features import watch as watching
 from hllm.features.watch import watch
-from hllm.features.watched import folder_of
+from hllm.features.watched import begun_refreshes, folder_of
 from hllm.registry.versions import set_tags
 from tests.features.refreshing import catalogue, go_on, register, serve
 
@@ -144,3 +147,28 @@ def _late(by: timedelta) -> type[datetime]:
             return datetime.now(tz) + by
 
     return Late
+
+
+def test_a_pod_finds_what_is_in_s3(served, s3, tmp_path, monkeypatch):
+    """Another machine's look and its unfinished refresh; of finished ones no vector is fetched."""
+    from hllm.features.refresh import refresh
+
+    bucket = s3.bucket("watched")
+    there = served.model_copy(update={"run": served.run.model_copy(update={"root": f"{bucket}/runs"})})
+    outputs = Store(there.run.root)
+    for step in ("publish", "validate"):
+        for folder in (Path(served.run.root) / step).iterdir():
+            if folder.is_dir():
+                shutil.copytree(folder, outputs.local / step / folder.name)
+                manifest = Manifest.read(folder)
+                (outputs.local / step / folder.name / "manifest.json").unlink()
+                outputs.finish(manifest)
+    refresh(there, "users")
+    objects.write_object(f"{bucket}/runs/refresh/v2-items-0001/plan.json", b"{}")
+    watch(there)
+    monkeypatch.setenv("HOME", str(tmp_path / "another machine"))
+    looks = {look.name: look for look in watch(there)}
+    assert looks["users_age_hours"].value < 1
+    assert [name for name, _ in begun_refreshes(Store(there.run.root))] == ["v2-items-0001"]
+    assert len((folder_of(there) / "history.jsonl").read_text().splitlines()) == 2
+    assert not list((tmp_path / "another machine").rglob("refresh/*/manifest.json"))

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from hllm.data.schema import Rule
+from hllm.data.tables import open_parquet
 from hllm.settings import Validation
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Docs:
         """Rows that break each rule, by its reason."""
         definition = self._define(table, [rule.build() for rule in rules])
         failed = Counter({rule.reason: 0 for rule in rules})
-        with pa.parquet.ParquetFile(marked) as file:
+        with open_parquet(marked) as file:
             for frame in _parts(file, batch_rows):
                 for result in self._run(definition, frame).results:
                     _refuse_broken(result)

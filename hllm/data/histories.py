@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hllm.data import duck
-from hllm.data.prepared import ARRAYS
+from hllm.data.prepared import ARRAYS, array_file, write_arrays
 
 if TYPE_CHECKING:
     import duckdb
@@ -62,30 +63,18 @@ def _keep_core(db: duckdb.DuckDBPyConnection, k: int) -> None:
             db.execute(f"DELETE FROM log WHERE {column} IN ({few})")
 
 
-def write_events(db: duckdb.DuckDBPyConnection, output: Path, users: int, events: int) -> None:
+def write_events(db: duckdb.DuckDBPyConnection, output: Path, events: int) -> None:
     """event_items, event_times, event_labels and user_offsets; read from DuckDB and written in parts."""
     columns = {"event_items": "item_index", "event_times": "timestamp", "event_labels": "label"}
-    arrays = {name: create(output, name, events) for name in columns}
-    at = 0
     query = "SELECT item_index, timestamp, label FROM events ORDER BY user_index, timestamp, row"
-    for batch in db.sql(query).to_arrow_reader(FETCH_ROWS):
-        for name, column in columns.items():
-            arrays[name][at : at + batch.num_rows] = batch.column(column).to_numpy(zero_copy_only=False)
-        at += batch.num_rows
-    offsets = create(output, "user_offsets", users + 1)
-    np.cumsum(
-        db.execute("SELECT events FROM users ORDER BY user_index").fetchnumpy()["events"], out=offsets[1:]
-    )
-    for array in (*arrays.values(), offsets):
-        array.flush()
-
-
-def create(output: Path, name: str, length: int) -> Any:
-    """A new array file, written through memory mapping."""
-    if not length:  # an empty file cannot be mapped
-        np.save(output / f"{name}.npy", np.empty(0, ARRAYS[name]), allow_pickle=False)
-        return np.load(output / f"{name}.npy", allow_pickle=False)
-    return np.lib.format.open_memmap(output / f"{name}.npy", mode="w+", dtype=ARRAYS[name], shape=(length,))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(array_file(output, name, events)) for name in columns}
+        for batch in db.sql(query).to_arrow_reader(FETCH_ROWS):
+            for name, column in columns.items():
+                part = batch.column(column).to_numpy(zero_copy_only=False)
+                files[name].write(part.astype(ARRAYS[name], copy=False).tobytes())
+    counts = db.execute("SELECT events FROM users ORDER BY user_index").fetchnumpy()["events"]
+    write_arrays(output, user_offsets=np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _count(db: duckdb.DuckDBPyConnection, table: str) -> int:

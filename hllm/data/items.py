@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from hllm.data.histories import create
+from hllm.data.prepared import array_file, write_arrays
 from hllm.data.schema import text_columns
+from hllm.data.tables import open_parquet
 from hllm.errors import ConfigError
 from hllm.settings import Prepare
 
@@ -39,7 +41,7 @@ def write_items(
     _require_room_for_text(encode, settings, room)
     lengths: list[int] = []
     truncated = 0
-    with pa.parquet.ParquetFile(source) as file, (scratch / "tokens.bin").open("wb") as tokens:
+    with open_parquet(source) as file, (scratch / "tokens.bin").open("wb") as tokens:
         fields = _chosen_fields(text_columns(file.schema_arrow.names), settings)
         others = [name for name in file.schema_arrow.names if name not in OURS]
         schema = pa.schema(
@@ -84,7 +86,7 @@ def write_items(
 
 def item_texts(source: Path, settings: Prepare) -> Iterator[pa.RecordBatch]:
     """(item_id, text) of a catalogue's items, the texts exactly as `write_items` joins them."""
-    with pa.parquet.ParquetFile(source) as file:
+    with open_parquet(source) as file:
         fields = _chosen_fields(text_columns(file.schema_arrow.names), settings)
         for batch in file.iter_batches(batch_size=4096):
             texts = [join(item, settings) for item in _cleaned(batch, fields)]
@@ -136,9 +138,6 @@ def _require_room_for_text(encode: Any, settings: Prepare, room: int) -> None:
 
 
 def _write_tokens(raw: Path, output: Path, lengths: list[int]) -> None:
-    offsets = create(output, "token_offsets", len(lengths) + 1)
-    np.cumsum(lengths, out=offsets[1:])
-    ids = create(output, "token_ids", int(offsets[-1]))
-    ids[:] = np.memmap(raw, np.int32, mode="r")
-    offsets.flush()
-    ids.flush()
+    write_arrays(output, token_offsets=np.concatenate([[0], np.cumsum(lengths)]))
+    with raw.open("rb") as tokens, array_file(output, "token_ids", sum(lengths)) as ids:
+        shutil.copyfileobj(tokens, ids)

@@ -64,23 +64,33 @@ def mark_interactions(
 def _write(
     db: duckdb.DuckDBPyConnection, view: str, unique: str, marked: Path, rules: Sequence[Rule]
 ) -> None:
-    """Add `repeats` (later ones among the otherwise good rows of equal `unique` columns) and `reason`."""
+    """Add `repeats` (later ones among the otherwise good rows of equal `unique` columns) and `reason`.
+
+    Counting first, and joining the few that are there more than once: both spill, where numbering the rows of
+    each group within a window would need memory that grows with the log.
+    """
     single = [rule for rule in rules if rule.bad != "repeats"]
     reason = "CASE " + " ".join(f"WHEN {rule.bad} THEN {duck.text(rule.reason)}" for rule in single) + " END"
     (repeated,) = (rule.reason for rule in rules if rule.bad == "repeats")
+    judged = f"(SELECT *, {reason} AS fault FROM ({view}))"
+    db.execute(
+        f"""
+        CREATE OR REPLACE TABLE repeated AS
+        SELECT {unique}, min(row) AS first FROM {judged} WHERE fault IS NULL
+        GROUP BY {unique} HAVING count(*) > 1
+        """
+    )
     db.execute(
         f"""
         COPY (
-            SELECT * EXCLUDE (place, fault), fault IS NULL AND place > 1 AS repeats,
+            SELECT judged.* EXCLUDE (fault), fault IS NULL AND coalesce(row > first, false) AS repeats,
                 CASE WHEN repeats THEN {duck.text(repeated)} ELSE fault END AS reason
-            FROM (
-                SELECT *, row_number() OVER (PARTITION BY {unique}, fault IS NULL ORDER BY row) AS place
-                FROM (SELECT *, {reason} AS fault FROM ({view}))
-            )
+            FROM {judged} AS judged LEFT JOIN repeated USING ({unique})
             ORDER BY row
         ) TO {duck.text(marked)} (FORMAT parquet, COMPRESSION zstd)
         """
     )
+    db.execute("DROP TABLE repeated")
 
 
 def _known_id(column: str) -> str:

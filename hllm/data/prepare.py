@@ -27,7 +27,7 @@ def prepare(context: Context) -> None:
                 if settings.k_core
                 else "",
             )
-        write_events(db, output, counts["users"], counts["events"])
+        write_events(db, output, counts["events"])
         held_out = write_splits(db, output, settings)
     texts = write_items(
         source / "items.parquet",

@@ -20,8 +20,11 @@ and users counts only what happened before the validation period.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +115,15 @@ class Prepared:
         first = np.repeat(np.cumsum(counts) - counts, counts)
         positions = np.repeat(starts, counts) + np.arange(counts.sum()) - first
         return users.astype(np.int64), positions.astype(np.int64)
+
+
+@contextmanager
+def array_file(folder: Path, name: str, length: int) -> Iterator[BinaryIO]:
+    """NAME.npy of `length` elements, whose bytes follow in parts: for arrays that may not fit in memory."""
+    form = {"descr": np.dtype(ARRAYS[name]).str, "fortran_order": False, "shape": (length,)}
+    with (folder / f"{name}.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, form)
+        yield file
 
 
 def write_arrays(folder: Path, **arrays: npt.NDArray) -> None:  # type: ignore[type-arg]

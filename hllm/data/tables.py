@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from hllm.errors import ConfigError, DataError
+from hllm.objects import BLOCK_BYTES as READ_BYTES
 from hllm.objects import is_s3, open_object
 
 BLOCK_BYTES = 2 << 20
@@ -48,6 +49,12 @@ def read_table(
     if "csv" in suffixes or "tsv" in suffixes:
         return read_delimited(path, wanted, batch_rows, name, delimiter="\t" if "tsv" in suffixes else ",")
     raise ConfigError("is neither .parquet nor .csv nor .tsv", where=name)
+
+
+def open_parquet(source: Path | BinaryIO) -> pa.parquet.ParquetFile:
+    """A Parquet file whose `iter_batches` holds a few blocks of each column, however long the file and its
+    row groups are: by itself it reads ahead, and keeps what it has read until the end."""
+    return pa.parquet.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
 
 
 def read_delimited(
@@ -84,7 +91,7 @@ def _open(
 def _parquet(
     source: Path | BinaryIO, wanted: Mapping[str, str], batch_rows: int, name: str
 ) -> Iterator[pa.RecordBatch]:
-    with _readable(Path(name), name, "Parquet"), pa.parquet.ParquetFile(source) as file:
+    with _readable(Path(name), name, "Parquet"), open_parquet(source) as file:
         _require(wanted, file.schema_arrow.names, name)
         for batch in file.iter_batches(batch_size=batch_rows, columns=list(wanted)):
             yield batch.select(list(wanted))

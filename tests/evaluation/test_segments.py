@@ -60,7 +60,7 @@ def split_by_time(folder, log):
     days_of = Prepare(split="temporal", valid_from="2020-01-05", test_from="2020-01-08")
     with duck.connect(folder, 1) as db:
         counts = number_and_sort(db, folder / "catalogue.parquet", folder / "log.parquet", 0)
-        write_events(db, folder, counts["users"], counts["events"])
+        write_events(db, folder, counts["events"])
         held_out = write_splits(db, folder, days_of)
     write_arrays(folder, token_ids=np.zeros(ITEMS), token_offsets=np.arange(ITEMS + 1))
     write_table(folder / "items.parquet", item_id=catalogue, train_events=held_out.item_train_events)

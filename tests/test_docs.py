@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from hllm import settings as settings_module
 from hllm.cli import app
 from hllm.settings import Settings, describe, load
+from hllm.settings.keys import all_keys, section_at
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted({*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "configs").glob("*/*.toml")})
@@ -20,7 +20,7 @@ CONFIGS = sorted({*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "conf
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = sorted(typer.main.get_group(app).commands)  # type: ignore[attr-defined]
 SETTINGS = sorted(
-    dotted for dotted in settings_module._all_keys(Settings) if settings_module._section_at(dotted) is None
+    dotted for dotted in all_keys(Settings) if section_at(dotted) is None
 )
 
 
@@ -75,7 +75,7 @@ def test_the_page_about_the_papers_names_what_there_is():
     paths = [name for name in names if re.fullmatch(r"[\w/.-]+\.(?:py|md|toml)", name) and "/" in name]
     assert len(paths) > 25
     assert [path for path in paths if not (REPOSITORY / path).exists()] == []
-    dotted_keys = set(settings_module._all_keys(Settings))
+    dotted_keys = set(all_keys(Settings))
     keys = dotted_keys | {dotted.split(".")[-1] for dotted in dotted_keys}
     for row in re.findall(r"^\| (?!part|stage).*\|$", page, re.MULTILINE):
         cells = row.strip("|").split("|")
@@ -84,7 +84,7 @@ def test_the_page_about_the_papers_names_what_there_is():
             known = last in ("py", "toml") or re.search(rf"(?:def|class) {last}\b|self\.{last}\b", source)
             assert known, f"docs/paper.md: {name}"
         for name in re.findall(r"`([a-z][\w.*]*)(?: = [^`]*)?`", cells[2] if len(cells) > 2 else ""):
-            found = name in keys or settings_module._section_at(name) or name.replace("*", "stage1") in keys
+            found = name in keys or section_at(name) or name.replace("*", "stage1") in keys
             assert found or name.startswith("hllm"), f"docs/paper.md: {name} is no setting"
 
 

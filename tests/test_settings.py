@@ -6,6 +6,7 @@ import pytest
 
 from hllm import settings
 from hllm.errors import ConfigError
+from hllm.settings import keys
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted({*FOLDER.glob("*.toml"), *FOLDER.glob("*/*.toml")})
@@ -105,8 +106,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_every_setting_has_its_docstring() -> None:
     undocumented = [
         dotted
-        for dotted in settings._all_keys(settings.Settings)
-        if settings._section_at(dotted) is None and not settings.describe(dotted)
+        for dotted in keys.all_keys(settings.Settings)
+        if keys.section_at(dotted) is None and not settings.describe(dotted)
     ]
     assert undocumented == []
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm import settings as settings_module
 from hllm.artifacts import Manifest, Store, clear, digest_of, file_digests
 from hllm.settings import Settings
+from hllm.settings.loading import merge, refuse_unknown
 from hllm.steps import WORK, Context, _load, keys, settings_of, steps
 
 STRANGE_IDS = ("with space", 'quo"te', "new\nline", "🎬", "naïve,comma", "007")
@@ -129,8 +129,8 @@ def tiny_settings(folder: Path, source: TinySource, **sets: Any) -> Settings:
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    settings_module._refuse_unknown(tree, Settings, "", "tiny_settings", {})
-    return Settings.model_validate(settings_module._merge(Settings().model_dump(), tree))
+    refuse_unknown(tree, Settings, "", "tiny_settings", {})
+    return Settings.model_validate(merge(Settings().model_dump(), tree))
 
 
 def toml(tree: dict[str, Any], path: str = "") -> str:

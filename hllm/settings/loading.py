@@ -1,0 +1,104 @@
+"""Settings from where people write them: a TOML file, the environment, `--set`. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hllm.errors import ConfigError
+from hllm.settings.keys import describe, nearest, section_type
+from hllm.settings.section import Section
+from hllm.settings.tree import Settings
+
+ENV_PREFIX = "HLLM__"
+
+
+def load(
+    path: str | Path | None, overrides: Iterable[str] = (), environ: Mapping[str, str] = os.environ
+) -> Settings:
+    """Settings from a TOML file, the environment and `a.b=c` overrides.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a key is unknown (with the nearest key), a value
+            does not fit.
+    """
+    where = str(path) if path else "settings"
+    tree = read_toml(Path(path)) if path else {}
+    sources = {}  # dotted key -> where the user typed it
+    for key, value in environ.items():
+        if key.startswith(ENV_PREFIX):
+            dotted = key.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            _put(tree, dotted, value, key)
+            sources[dotted] = key
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError("is not of the form section.key=value", where=f"--set {override}")
+        _put(tree, dotted.strip(), value, f"--set {override}")
+        sources[dotted.strip()] = f"--set {override}"
+    refuse_unknown(tree, Settings, "", where, sources)
+    try:
+        return Settings.model_validate(merge(Settings().model_dump(), tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}",
+            where=sources.get(dotted, where),
+            remedy=f"{dotted}: {describe(dotted)}",
+        ) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            "no such settings file", where=path, remedy=f"Looked in {path.resolve()}."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not valid TOML: {error}", where=path) from None
+
+
+def merge(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A partly written section keeps the section's own defaults (stage 1 and stage 2 differ)."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _put(tree: dict[str, Any], dotted: str, text: str, source: str) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{parent} is a value, not a section", where=source)
+    try:
+        tree[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[last] = text
+
+
+def refuse_unknown(
+    tree: Mapping[str, Any], model: type[Section], prefix: str, where: str, sources: Mapping[str, str]
+) -> None:
+    for key, value in tree.items():
+        dotted = prefix + key
+        if key not in model.model_fields:
+            near = nearest(dotted)
+            typed = next((source for path, source in sources.items() if path.startswith(dotted)), where)
+            raise ConfigError(
+                f"{dotted} is not a setting." + (f" Did you mean {near}?" if near else ""),
+                where=typed,
+                remedy=f"Known here: {', '.join(prefix + name for name in model.model_fields)}.",
+            )
+        section = section_type(model, key)
+        if section and isinstance(value, Mapping):
+            refuse_unknown(value, section, dotted + ".", where, sources)

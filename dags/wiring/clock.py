@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Literal
 
 from hllm.settings import Settings
@@ -10,13 +11,18 @@ from wiring.runner import hllm_task, of_the_form, retries
 
 
 def by_the_clock(settings: Settings) -> dict[str, Any]:
-    """How such a DAG runs: paused until somebody wants it, one run at a time, none for a missed hour."""
+    """How such a DAG runs: paused until somebody wants it, one run at a time, none for a missed hour.
+
+    Two of them may meet, reading the same source or writing to the same version; whoever comes second ends
+    with 75. Six more tries take about an hour.
+    """
+    patience = {"retries": max(6, settings.runner.retries), "retry_delay": timedelta(minutes=3)}
     return {
         "catchup": False,
         "is_paused_upon_creation": True,
         "max_active_runs": 1,
         "params": {"config": form.config_param()},
-        "default_args": retries(settings),
+        "default_args": retries(settings) | patience,
         "tags": ["hllm"],
     }
 

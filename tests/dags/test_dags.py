@@ -117,6 +117,7 @@ def test_what_serves_is_refreshed_and_watched_when_somebody_switches_it_on(found
         dag = found["dags"][f"hllm_{kind}"]
         assert dag["upstream"] == {"ingest": [], "validate": ["ingest"], f"refresh-{kind}": ["validate"]}
         assert dag["command"][f"refresh-{kind}"] == ["refresh", kind]
+        assert set(dag["retries"].values()) == {6}  # they may meet each other
         assert dag["paused"]
     assert found["dags"]["hllm_watch"]["command"] == {"watch": ["watch"]}
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from hllm.data.prepared import Prepared
+from hllm.embedding.histories import Histories
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError, Terminated
@@ -81,15 +82,10 @@ def _export_users(
                 progress.advance(len(users))
                 continue
             ends = offsets[users + 1]
-            starts = np.maximum(offsets[users], ends - settings.max_history)
             vectors = vectors_of_histories(
                 model,
                 item_vectors,
-                prepared.event_items,
-                prepared.event_times,
-                starts,
-                ends - starts,
-                np.full(len(users), as_of),
+                Histories.before(prepared, users, ends, np.full(len(users), as_of), settings.max_history),
                 settings.users_per_batch,
                 progress.advance,
                 published=True,

@@ -20,6 +20,7 @@ from hllm.data import duck
 from hllm.data.items import item_texts, write_items
 from hllm.data.prepared import Prepared
 from hllm.embedding.export import ROW_GROUP, vector_column
+from hllm.embedding.histories import Histories
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError
 from hllm.processes import device
@@ -210,14 +211,17 @@ class Log:
             """
         ).fetchnumpy()
         lengths_U = np.bincount(np.asarray(events["number"], np.int64) - begin, minlength=users)
-        vectors_UD = vectors_of_histories(
-            model,
-            self.vectors_ID,
+        histories = Histories(
             np.asarray(events["item_index"], np.int64),
             np.asarray(events["timestamp"], np.int64),
             np.cumsum(lengths_U) - lengths_U,
             lengths_U,
             np.full(users, until),
+        )
+        vectors_UD = vectors_of_histories(
+            model,
+            self.vectors_ID,
+            histories,
             settings.embed.users_per_batch,
             progress.advance,
             published=True,

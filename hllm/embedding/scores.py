@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hllm.data.prepared import Prepared
-from hllm.embedding.users import Floats, Ints, packed_histories
+from hllm.embedding.histories import Floats, Histories, Ints, packed_histories
 from hllm.models.packing import inference_precision, on_device, ragged
 from hllm.models.users import DecoderUser
 from hllm.processes import total
@@ -34,53 +34,38 @@ def held_out_scores(
 ) -> Floats:
     """Row r: how probable it is that the user likes the item of event `position`, from the `max_history`
     events before it, asked at a moment of its own (seconds UTC): (R,), 0 to 1."""
-    starts_R = np.maximum(np.asarray(prepared.user_offsets)[users_R], positions_R - max_history)
+    histories = Histories.before(prepared, users_R, positions_R, asked_R, max_history)
+    candidates_R = np.asarray(prepared.event_items)[positions_R]
     return scores_of_candidates(
-        model,
-        item_vectors_ID,
-        prepared.event_items,
-        prepared.event_times,
-        starts_R,
-        positions_R - starts_R,
-        asked_R,
-        np.asarray(prepared.event_items)[positions_R],
-        np.ones(len(positions_R), np.int64),
-        batch,
+        model, item_vectors_ID, histories, candidates_R, np.ones(len(histories), np.int64), batch
     )
 
 
 def scores_of_candidates(
     model: DecoderUser,
     item_vectors_ID: Floats,
-    event_items: Ints,
-    event_times: Ints,
-    starts_R: Ints,
-    lengths_R: Ints,
-    asked_R: Ints,
+    histories: Histories,
     candidates_P: Ints,
     counts_R: Ints,
     batch: int,
 ) -> Floats:
-    """Probabilities of candidates (item indices), `counts_R` of them for each history event_items[start :
-    start + length], one history after another: (P,), 0 to 1. Histories are never empty."""
+    """Probabilities of candidates (item indices), `counts_R` of them for each history, one history after
+    another: (P,), 0 to 1."""
     scores_P = np.zeros(len(candidates_P), np.float32)
     counts_R = np.asarray(counts_R, np.int64)
     firsts_R = np.cumsum(counts_R) - counts_R
     asking = np.flatnonzero(counts_R)
+    with_candidates = histories.take(asking)
     batches = packed_histories(
         model,
         item_vectors_ID,
-        event_items,
-        event_times,
-        starts_R[asking],
-        lengths_R[asking],
-        asked_R[asking],
-        _histories_at_once(starts_R[asking], counts_R[asking], batch),
+        with_candidates,
+        _histories_at_once(with_candidates.starts_R, counts_R[asking], batch),
     )
     with torch.no_grad():  # not inference_mode: ZeRO 3 keeps what it gathers here
         for mine, found, after_Q, inputs_TD, history in batches:
             rows = asking[found]
-            asked_Q = np.asarray(asked_R[rows], np.int64)
+            asked_Q = np.asarray(with_candidates.asked_R[found], np.int64)
             question_P = np.repeat(np.arange(len(rows)), counts_R[rows])
             places = ragged(firsts_R[rows], counts_R[rows])
             for begin in range(0, len(places), CANDIDATES_AT_ONCE):

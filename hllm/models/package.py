@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ import numpy.typing as npt
 from hllm.artifacts import clear, write_atomically
 from hllm.errors import ConfigError
 
-# B histories, I items, D vector width
+if TYPE_CHECKING:
+    from hllm.embedding.histories import Histories
+
+# I items, D vector width
 
 
 def write_package(
@@ -38,22 +41,6 @@ def write_package(
     save_file({"vectors": np.ascontiguousarray(vectors_ID, np.float32)}, folder / "items.safetensors")
     parquet.write_table(titles, folder / "items.parquet")
     write_atomically(folder / "model.json", json.dumps(shape, indent=1, sort_keys=True).encode())
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The known items of B histories, one after another."""
-
-    items: npt.NDArray[np.int64]
-    times: npt.NDArray[np.int64]
-    starts_B: npt.NDArray[np.int64]
-    lengths_B: npt.NDArray[np.int64]
-    asked_B: npt.NDArray[np.int64]
-
-    @property
-    def some(self) -> npt.NDArray[np.int64]:
-        """Histories of which something is known."""
-        return np.flatnonzero(self.lengths_B)
 
 
 @dataclass(frozen=True)
@@ -177,7 +164,7 @@ class Package:
             for _, items in zip(histories, candidates, strict=True)
         ]
         found = [np.full(len(items), np.nan, np.float32) for items in shown]
-        some = np.array([row for row in asked.some if (shown[row] >= 0).any()], np.int64)
+        some = np.array([row for row in np.flatnonzero(asked.lengths_R) if (shown[row] >= 0).any()], np.int64)
         if not len(some):
             return found
         known = [np.flatnonzero(shown[row] >= 0) for row in some]
@@ -185,11 +172,7 @@ class Package:
         scores = scores_of_candidates(
             self._user_model,
             self.item_vectors,
-            asked.items,
-            asked.times,
-            asked.starts_B[some],
-            asked.lengths_B[some],
-            asked.asked_B[some],
+            asked.take(some),
             np.concatenate([shown[row][places] for row, places in zip(some, known, strict=True)]),
             counts,
             256,
@@ -198,20 +181,16 @@ class Package:
             found[row][places] = values
         return found
 
-    def _vectors(self, asked: Asked, published: bool) -> npt.NDArray[np.float32]:
+    def _vectors(self, asked: Histories, published: bool) -> npt.NDArray[np.float32]:
         from hllm.embedding.users import vectors_of_histories
 
-        vectors = np.zeros((len(asked.lengths_B), self.width), np.float32)
-        some = asked.some
+        vectors = np.zeros((len(asked), self.width), np.float32)
+        some = np.flatnonzero(asked.lengths_R)
         if len(some):
             vectors[some] = vectors_of_histories(
                 self._user_model,
                 self.item_vectors,
-                asked.items,
-                asked.times,
-                asked.starts_B[some],
-                asked.lengths_B[some],
-                asked.asked_B[some],
+                asked.take(some),
                 256,
                 published=published,
             )
@@ -222,7 +201,9 @@ class Package:
         histories: Sequence[Sequence[str]],
         times: Sequence[Sequence[int]] | None,
         asked_at: Sequence[int] | None,
-    ) -> Asked:
+    ) -> Histories:
+        """The known items of each history; those of which nothing is known are empty."""
+        from hllm.embedding.histories import Histories
         from hllm.models.history import UNKNOWN_TIME
 
         most = int(self.shape["max_history"])
@@ -241,7 +222,7 @@ class Package:
             )
         asked = np.full(len(known), UNKNOWN_TIME) if asked_at is None else np.asarray(asked_at, np.int64)
         items = np.concatenate(known) if known else np.empty(0, np.int64)
-        return Asked(items, moments, np.cumsum(lengths) - lengths, lengths, asked)
+        return Histories(items, moments, np.cumsum(lengths) - lengths, lengths, asked)
 
     def recommend(
         self,

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from hllm.data.prepared import Prepared
+from hllm.embedding.histories import Histories
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError
 from hllm.evaluation.report.item_map import CATEGORY_COLUMNS, WORD_COLUMNS
@@ -173,11 +174,9 @@ def _user_vectors(prepared: Prepared, vectors: Vectors, of_users: Refreshes) -> 
             found_RD = vectors_of_histories(
                 vectors.user_model,
                 vectors.items_ID,
-                prepared.event_items,
-                prepared.event_times,
-                starts,
-                ends - starts,
-                of_users.as_of_S[part],
+                Histories(
+                    prepared.event_items, prepared.event_times, starts, ends - starts, of_users.as_of_S[part]
+                ),
                 vectors.users_per_batch,
                 progress.advance,
                 published=True,

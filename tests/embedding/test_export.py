@@ -100,9 +100,9 @@ def test_a_killed_export_computes_only_the_missing_shard(
     computed: list[int] = []
     compute = export_module.vectors_of_histories
 
-    def counting(model, items, events, times, starts, *more, **named):
-        computed.append(len(starts))
-        return compute(model, items, events, times, starts, *more, **named)
+    def counting(model, items, histories, *more, **named):
+        computed.append(len(histories))
+        return compute(model, items, histories, *more, **named)
 
     monkeypatch.setattr(export_module, "vectors_of_histories", counting)
     export(context(trained, output))

@@ -13,6 +13,7 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.embedding import scores as module
+from hllm.embedding.histories import Histories
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.scores import held_out_scores, scores_of_candidates
 from hllm.errors import ConfigError, DataError
@@ -104,21 +105,18 @@ def test_many_candidates_of_many_histories_are_each_of_them_alone(
     counts, latest = np.array([2, 0, 25, 11, 4, 5]), int(prepared.event_times.max())
     asked = latest + 86_400 * np.arange(6)
     candidates = np.random.default_rng(0).integers(0, prepared.items, counts.sum())
+    histories = Histories(prepared.event_items, prepared.event_times, starts, lengths, asked)
 
     def scores(batch: int) -> np.ndarray:
-        columns = (prepared.event_items, prepared.event_times, starts, lengths, asked, candidates, counts)
-        return scores_of_candidates(model, judging.items, *columns, batch)
+        return scores_of_candidates(model, judging.items, histories, candidates, counts, batch)
 
     together = scores(256)
     monkeypatch.setattr(module, "CANDIDATES_AT_ONCE", 4)  # the third row in seven portions
     np.testing.assert_allclose(scores(3), together, atol=1e-6)
     rows = np.repeat(np.arange(6), counts)
     for place in (0, 1, 2, 17, 26, 37, 38, 41, 42, 46):
-        row = slice(rows[place], rows[place] + 1)
-        alone = scores_of_candidates(
-            model, judging.items, prepared.event_items, prepared.event_times, starts[row], lengths[row],
-            asked[row], candidates[place : place + 1], np.array([1]), 1,
-        )  # fmt: skip
+        one, shown = histories.take(rows[[place]]), candidates[place : place + 1]
+        alone = scores_of_candidates(model, judging.items, one, shown, np.array([1]), 1)
         np.testing.assert_allclose(alone, together[place : place + 1], atol=1e-6)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hllm.data.prepared import Prepared
+from hllm.embedding.histories import Histories
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.users import held_out_user_vectors, vectors_of_histories
 from hllm.models.history import UNKNOWN_TIME
@@ -57,11 +58,7 @@ def test_a_vector_sees_the_events_before_its_position_and_no_other(parts, prepar
         return vectors_of_histories(
             model,
             items,
-            events,
-            prepared.event_times,
-            np.array([position - most]),
-            np.array([most]),
-            np.array(prepared.event_times[[position]]),
+            Histories(events, prepared.event_times, np.array([position - most]), np.array([most]), asked),
             1,
         )
 
@@ -75,9 +72,8 @@ def test_a_vector_sees_the_events_before_its_position_and_no_other(parts, prepar
 def test_the_order_of_events_matters(parts):
     model, items = parts
     events = np.array([1, 2, 3, 4, 4, 3, 2, 1])
-    there, back = vectors_of_histories(
-        model, items, events, UNKNOWN_TIMES, np.array([0, 4]), np.array([4, 4]), UNKNOWN_TIMES[:2], 2
-    )
+    histories = Histories(events, UNKNOWN_TIMES, np.array([0, 4]), np.array([4, 4]), UNKNOWN_TIMES[:2])
+    there, back = vectors_of_histories(model, items, histories, 2)
     assert np.abs(there - back).max() > 1e-4
 
 
@@ -88,23 +84,17 @@ def test_a_history_longer_than_sasrec_was_trained_on_counts_by_its_last_events(t
     events = np.arange(3 * known) % len(items)
     starts, lengths = np.array([0, 2 * known]), np.array([3 * known, known])
     whole, last = vectors_of_histories(
-        model, items, events, UNKNOWN_TIMES, starts, lengths, UNKNOWN_TIMES[:2], 2
+        model, items, Histories(events, UNKNOWN_TIMES, starts, lengths, UNKNOWN_TIMES[:2]), 2
     )
     np.testing.assert_allclose(whole, last, atol=1e-6)
 
 
 def test_an_empty_history_is_a_mistake_and_not_its_neighbours_vector(parts):
     model, items = parts
+    starts, lengths = np.array([0, 3, 3]), np.array([3, 0, 4])
     with pytest.raises(ValueError, match="never empty"):
         vectors_of_histories(
-            model,
-            items,
-            np.arange(9),
-            UNKNOWN_TIMES,
-            np.array([0, 3, 3]),
-            np.array([3, 0, 4]),
-            UNKNOWN_TIMES[:3],
-            2,
+            model, items, Histories(np.arange(9), UNKNOWN_TIMES, starts, lengths, UNKNOWN_TIMES[:3]), 2
         )
 
 

@@ -357,12 +357,10 @@ def main() -> None:
 
 
 def _suit_the_allocator() -> None:
-    """Start this process again with glibc told to keep freed tensors in one heap of huge pages, and oneDNN to
-    keep few compiled products.
+    """Start this process again with glibc told to keep freed tensors in one heap of huge pages.
 
-    By itself glibc asks the kernel for every large tensor anew: page faults then cost up to a third of a
-    training step. oneDNN keeps 1,024 compiled matrix products of some 3 MB each, one for every shape; packed
-    texts have another shape at every step, so that a training would grow by 100 MB a step.
+    By itself it asks the kernel for every large tensor anew: page faults then cost up to a third of a
+    training step.
     """
     wanted = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -370,8 +368,6 @@ def _suit_the_allocator() -> None:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "MALLOC_TOP_PAD_": str(256 << 20),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-        "LRU_CACHE_CAPACITY": "64",  # PyTorch's own, in front of it
     }
     if sys.platform == "linux" and not any(name in os.environ for name in wanted):
         same = [sys.executable, *sys.orig_argv[1:]]  # with the interpreter's own options, -m and -c too

@@ -351,9 +351,21 @@ def doctor(config: Config = None, set: Set = None, debug: Debug = False) -> None
 
 def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours are in hllm.progress
+    bound_shape_caches()
     if len(sys.argv) > 1 and sys.argv[1] in ("train", "embed", "evaluate"):
         _suit_the_allocator()
     app()
+
+
+def bound_shape_caches() -> None:
+    """Keep oneDNN, and PyTorch's layer above it, from remembering 1,024 prepared operations each: one for
+    every shape, half a megabyte apiece. Torch must not be imported yet.
+
+    Packed batches hardly ever have the same number of tokens twice, so training kept hundreds of megabytes
+    that nobody asked for again. 128 are enough for one step.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def _suit_the_allocator() -> None:

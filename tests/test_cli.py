@@ -9,6 +9,23 @@ import pytest
 
 from tests.world import TinySource, tiny_settings, toml
 
+SHAPES = """
+import re
+from pathlib import Path
+from hllm.cli import bound_shape_caches
+
+bound_shape_caches()
+import torch
+
+torch.set_num_threads(1)
+layer, held = torch.nn.Linear(64, 64), []
+for tokens in range(16, 616):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.zeros(tokens, 64)).sum().backward()
+    held.append(int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
+print(held[200], held[-1])
+"""
+
 HLLM = str(Path(sys.executable).with_name("hllm"))
 
 
@@ -35,3 +52,9 @@ def test_a_full_disk_is_a_matter_for_a_retry_and_says_so(tmp_path: Path, tiny_so
     assert ended.returncode == 75, ended.stdout + ended.stderr
     assert words.read_text("utf-8").startswith("the disk is full: ")
     assert "Traceback" not in ended.stderr
+
+
+def test_memory_does_not_grow_with_every_new_number_of_tokens() -> None:
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
+    early, late = map(int, done.stdout.split())
+    assert late < early + 64, (early, late)  # MiB; 460 more without a bound, where the processor has bf16

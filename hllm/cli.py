@@ -46,6 +46,13 @@ Family = Annotated[
     typer.Option(help=f"Model family: {', '.join(FAMILIES)}. The settings' model.family when left out."),
 ]
 
+By = Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")]
+Note = Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")]
+At = Annotated[
+    str,
+    typer.Option("--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out."),
+]
+
 
 @app.command()
 def ingest(config: Config = None, set: Set = None, force: Force = False, debug: Debug = False) -> None:
@@ -166,14 +173,9 @@ def verify(version: Version = None, config: Config = None, set: Set = None, debu
 @app.command()
 def promote(
     version: Version = None,
-    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
-    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
-    at: Annotated[
-        str,
-        typer.Option(
-            "--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out."
-        ),
-    ] = "",
+    by: By = "",
+    note: Note = "",
+    at: At = "",
     config: Config = None,
     set: Set = None,
     debug: Debug = False,
@@ -188,14 +190,9 @@ def promote(
 @app.command()
 def reject(
     version: Version = None,
-    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
-    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
-    at: Annotated[
-        str,
-        typer.Option(
-            "--at", envvar="HLLM_DECIDED_AT", help="When it was decided (ISO 8601); now when left out."
-        ),
-    ] = "",
+    by: By = "",
+    note: Note = "",
+    at: At = "",
     config: Config = None,
     set: Set = None,
     debug: Debug = False,
@@ -213,8 +210,8 @@ def rollback(
         str | None,
         typer.Option("--to", help="Version to return to; the champion before this one when left out."),
     ] = None,
-    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
-    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
+    by: By = "",
+    note: Note = "",
     config: Config = None,
     set: Set = None,
     debug: Debug = False,
@@ -251,8 +248,8 @@ def recommend(
 
 @app.command()
 def retire(
-    by: Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")] = "",
-    note: Annotated[str, typer.Option("--note", envvar="HLLM_DECISION_NOTE", help="Why.")] = "",
+    by: By = "",
+    note: Note = "",
     config: Config = None,
     set: Set = None,
     debug: Debug = False,

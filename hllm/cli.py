@@ -359,10 +359,10 @@ def bound_shape_caches() -> None:
     every shape, half a megabyte apiece. Torch must not be imported yet.
 
     Packed batches hardly ever have the same number of tokens twice, so training kept hundreds of megabytes
-    that nobody asked for again. 128 are enough for one step.
+    that nobody asked for again. 64 are enough for one step.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "128")
+        os.environ.setdefault(name, "64")
 
 
 def _suit_the_allocator() -> None:

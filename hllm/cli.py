@@ -455,3 +455,7 @@ def _say_last(message: str) -> None:
     typer.echo(f"error: {message}", err=True)
     leave(message.splitlines()[0])
 
+
+
+if __name__ == "__main__":
+    main()

@@ -58,3 +58,10 @@ def test_memory_does_not_grow_with_every_new_number_of_tokens() -> None:
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
     early, late = map(int, done.stdout.split())
     assert late < early + 64, (early, late)  # MiB; 460 more without a bound, where the processor has bf16
+
+
+def test_the_module_is_the_command() -> None:
+    """torchrun starts it so, once for every process of a step."""
+    argv = [sys.executable, "-m", "hllm.cli", "train", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert "--stage" in done.stdout

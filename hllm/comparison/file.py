@@ -129,10 +129,8 @@ def read(path: Path, overrides: tuple[str, ...] = (), seeds: tuple[int, ...] = (
         label = tree.pop("label", "")
         own = dict(_leaves(tree))
         _refuse_another_budget(path, name, own, budget)
-        sets = (
-            *_as_sets({"model.baselines": [], **own, **budget}),
-            *overrides,
-        )
+        said = (*_as_sets({"model.baselines": [], **own, **budget}), *overrides)
+        sets = tuple({value.partition("=")[0]: value for value in said}.values())  # the last one counts
         settings = settings_module.load(config, sets)
         entries.append(Entry(name, label or _last_label(settings), sets))
         _refuse_unknown_label(path, entries[-1], settings)

@@ -53,6 +53,7 @@ def test_a_model_is_the_file_then_its_own_settings_then_the_budget_then_the_comm
     assert (first.label, second.label, comparison.reference) == ("hllm-2", "sasrec-1", "first: a=b")
     assert (comparison.seeds, read(write(TWO), seeds=(5,)).seeds) == ((17, 18, 19), (5,))
     assert settings.model.baselines == ()  # each family is a model of its own
+    assert "train.stage1.steps=7" not in read(write(TWO), ("train.stage1.steps=9",)).entries[0].sets
 
 
 @pytest.mark.parametrize(

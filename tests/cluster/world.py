@@ -169,6 +169,9 @@ def namespace(folder: Path, settings: str, *files: Path) -> Iterator[Namespace]:
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(moved))
     made = Namespace(name)
+    kubectl("create", "namespace", name)
+    # The cluster makes it by itself, and `apply` would meet it half-way.
+    wait_until("its account", lambda: made.kubectl("get", "serviceaccount", "default", "--ignore-not-found"))
     kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(render(folder)))
     try:
         with made.watched():

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 from airflow.triggers.base import TriggerEvent
@@ -22,6 +21,7 @@ from kubernetes_asyncio import client as asyncio_client
 
 from hllm.steps import digest_of
 from wiring.pod import PodStep
+from wiring.trigger import SETTLED_SECONDS, PodTrigger
 
 GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
 NODE = "node"
@@ -121,7 +121,7 @@ class NodesStep(PodStep):
                 self.log.warning("JobSet %s was not deleted: %s", self.jobset_name, error.reason)
 
 
-class FirstPodTrigger(KubernetesPodTrigger):
+class FirstPodTrigger(PodTrigger):
     """Waits until a JobSet has its first pod, which takes as long as the queue it is in; a person who ends
     the task meanwhile ends the set."""
 
@@ -130,10 +130,11 @@ class FirstPodTrigger(KubernetesPodTrigger):
         self.jobset = jobset
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        _, values = super().serialize()
-        return f"{__name__}.{type(self).__name__}", {**values, "jobset": self.jobset}
+        path, values = super().serialize()
+        return path, {**values, "jobset": self.jobset}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
+        await asyncio.sleep(SETTLED_SECONDS)
         deadline = time.time() + self.schedule_timeout
         about = {"jobset": self.jobset, "namespace": self.pod_namespace, "name": ""}
         selector = f"jobset.sigs.k8s.io/jobset-name={self.jobset}"

@@ -15,8 +15,10 @@ from typing import Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.providers.cncf.kubernetes.pod_generator import PodGenerator
+from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.triggers.base import BaseTrigger
 from kubernetes.client import ApiException, V1EnvVar, V1Pod
 from urllib3.exceptions import HTTPError
 
@@ -25,6 +27,7 @@ from hllm.settings import Pod, Settings
 from hllm.steps import FAMILIES, embed_name, train_name
 from wiring.form import ROOT
 from wiring.runner import Ended, Environment, failure
+from wiring.trigger import SETTLED_SECONDS, PodTrigger
 
 SECRETS = ("hllm-s3", "hllm-feast")
 """Credentials reach the command as environment, by reference: the pod's spec holds none."""
@@ -67,7 +70,7 @@ class PodStep(KubernetesPodOperator):
             termination_message_policy="FallbackToLogsOnError",
             deferrable=True,
             durable=True,
-            logging_interval=runner.log_seconds,
+            logging_interval=max(1, runner.log_seconds - SETTLED_SECONDS),
             poll_interval=5,
             schedule_timeout_seconds=round(runner.queue_hours * 3600),
             startup_timeout_seconds=round(runner.start_minutes * 60),
@@ -129,6 +132,11 @@ class PodStep(KubernetesPodOperator):
     def invoke_defer_method(self, last_log_time: Any = None, context: Context | None = None) -> None:
         self.in_cluster = self._inside()
         super().invoke_defer_method(last_log_time, context)
+
+    def defer(self, *, trigger: BaseTrigger, **kwargs: Any) -> None:
+        if type(trigger) is KubernetesPodTrigger:
+            trigger = PodTrigger(**trigger.serialize()[1])
+        super().defer(trigger=trigger, **kwargs)
 
     def _inside(self) -> bool | None:
         """A trigger, unlike the operator, does not see by itself that it runs inside the cluster."""

@@ -22,6 +22,7 @@ from kubernetes import client as k8s
 from kubernetes.client import ApiClient, ApiException
 from urllib3.exceptions import MaxRetryError
 from wiring.pod import PodStep, refuse_unknown_steps, variables
+from wiring.trigger import SETTLED_SECONDS, PodTrigger
 
 from hllm.errors import ConfigError
 from hllm.settings import Pod, load
@@ -101,6 +102,7 @@ def created(step: PodStep) -> dict[str, Any]:
     step.random_name_suffix = False
     with pytest.raises(TaskDeferred) as deferred:
         step.execute(context_of(step))
+    assert type(deferred.value.trigger) is PodTrigger
     assert deferred.value.trigger.pod_name == f"hllm-{step.task_id}"
     assert deferred.value.trigger.in_cluster
     body: dict[str, Any] = api.create_namespaced_pod.call_args.kwargs["body"]
@@ -177,7 +179,7 @@ def test_the_operator_waits_reattaches_and_keeps_what_failed(dags: dict[str, Any
     step = dags["hllm_train"].task_dict["train-hllm-1"]
     assert step.deferrable
     assert step.durable
-    assert step.logging_interval == 15
+    assert step.logging_interval == 15 - SETTLED_SECONDS
     assert step.on_finish_action.value == "delete_succeeded_pod"
     assert step.schedule_timeout_seconds == 12 * 3600
     assert step.startup_timeout_seconds == 20 * 60

@@ -12,9 +12,9 @@ from airflow.triggers.base import TriggerEvent
 SETTLED_SECONDS = 10
 """Seconds before a trigger looks for the first time.
 
-A scheduler reads that the worker process of a task has ended some time after the task began to wait (the loop of a
-busy one takes seconds). If the task is queued again by then, Airflow 3.3 takes the old end for the new one's and
-fails the task: https://github.com/apache/airflow/issues/72716, issues/67287. Its pod would be left behind.
+A scheduler reads that the worker process of a task has ended some time after the task began to wait (the
+loop of a busy one takes seconds). If the task is queued again by then, Airflow 3.3 takes the old end for the
+new one's and fails the task (apache/airflow issues 67287 and 72716). Its pod would be left behind.
 """
 
 

@@ -31,12 +31,63 @@ KEEP_SECONDS = 86_400
 """A set that nobody deleted - Airflow was gone - deletes itself so long after its end."""
 
 
+class SetTrigger(PodTrigger):
+    """Follows the first pod of the JobSet in `trigger_kwargs`; a person who ends the task ends the set."""
+
+    async def on_kill(self) -> None:
+        if self._fired_event:
+            return
+        async with self.hook.get_conn() as connection:
+            api = asyncio_client.CustomObjectsApi(connection)
+            await api.delete_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                self.pod_namespace,
+                PLURAL,
+                self.trigger_kwargs["jobset"],
+                propagation_policy="Background",
+            )
+
+
+class FirstPodTrigger(SetTrigger):
+    """Waits until the JobSet has its first pod, which takes as long as the queue it is in."""
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        await asyncio.sleep(SETTLED_SECONDS)
+        try:
+            found = await self._first_pod()
+        except Exception as error:  # whatever it is, the set must not go on while the next try makes another
+            self.log.exception("JobSet %s", self.trigger_kwargs["jobset"])
+            found = {"status": "error", "message": f"could not be followed: {error}"}
+        self._fired_event = True
+        yield TriggerEvent({"name": "", "namespace": self.pod_namespace, **self.trigger_kwargs, **found})
+
+    async def _first_pod(self) -> dict[str, str]:
+        deadline = time.time() + self.schedule_timeout
+        selector = f"jobset.sigs.k8s.io/jobset-name={self.trigger_kwargs['jobset']}"
+        while True:
+            async with self.hook.get_conn() as connection:
+                api = asyncio_client.CoreV1Api(connection)
+                pods = (await api.list_namespaced_pod(self.pod_namespace, label_selector=selector)).items
+            first = next((pod for pod in pods if rank_of(pod) == "0"), None)
+            if first is not None:
+                return {"status": "running", "name": first.metadata.name}
+            if time.time() > deadline:
+                hours = self.schedule_timeout / 3600
+                message = f"was not admitted within {hours:g} h (runner.queue_hours)"
+                return {"status": "timeout", "message": message}
+            await asyncio.sleep(self.poll_interval)
+
+
 class NodesStep(PodStep):
     """A step of `runner.steps.*.nodes` pods."""
+
+    trigger_class = SetTrigger
 
     def __init__(self, *, nodes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.nodes = nodes
+        self.jobset_name = ""
 
     def execute_async(self, context: Context) -> None:
         """In place of one pod, the set; the trigger then waits until its first pod is there."""
@@ -56,11 +107,12 @@ class NodesStep(PodStep):
                 ) from None
             if error.status != 409:  # this try's own, from before a restart
                 raise
+        self.jobset_name = name
         self.log.info("JobSet %s/%s: %s pods", self.namespace, name, self.nodes)
         self.convert_config_file_to_dict()
         self.defer(
             trigger=FirstPodTrigger(
-                jobset=name,
+                trigger_kwargs={"jobset": name},
                 pod_name="",
                 pod_namespace=self.namespace,
                 trigger_start_time=ti.start_date,
@@ -79,7 +131,8 @@ class NodesStep(PodStep):
         self.jobset_name = event["jobset"]
         if event["status"] != "running":
             self._delete_set()
-            problem = AirflowFailException(
+            final = AirflowFailException if event["status"] == "timeout" else AirflowException
+            problem = final(
                 f"hllm {' '.join(self.command)}: JobSet {self.namespace}/{self.jobset_name} "
                 f"{event['message']}, and was deleted"
             )
@@ -103,6 +156,11 @@ class NodesStep(PodStep):
             raise type(error)(f"{error}{others}") from None
         self._delete_set()
 
+    def on_kill(self) -> None:
+        super().on_kill()
+        if self.jobset_name:
+            self._delete_set()
+
     def _others_that_failed(self) -> str:
         """The first pod often only notices that another one is gone."""
         found = self.hook.core_v1_client.list_namespaced_pod(
@@ -119,46 +177,6 @@ class NodesStep(PodStep):
         except ApiException as error:
             if error.status != 404:
                 self.log.warning("JobSet %s was not deleted: %s", self.jobset_name, error.reason)
-
-
-class FirstPodTrigger(PodTrigger):
-    """Waits until a JobSet has its first pod, which takes as long as the queue it is in; a person who ends
-    the task meanwhile ends the set."""
-
-    def __init__(self, *, jobset: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.jobset = jobset
-
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        path, values = super().serialize()
-        return path, {**values, "jobset": self.jobset}
-
-    async def run(self) -> AsyncIterator[TriggerEvent]:
-        await asyncio.sleep(SETTLED_SECONDS)
-        deadline = time.time() + self.schedule_timeout
-        about = {"jobset": self.jobset, "namespace": self.pod_namespace, "name": ""}
-        selector = f"jobset.sigs.k8s.io/jobset-name={self.jobset}"
-        while True:
-            async with self.hook.get_conn() as connection:
-                api = asyncio_client.CoreV1Api(connection)
-                pods = (await api.list_namespaced_pod(self.pod_namespace, label_selector=selector)).items
-            first = next((pod for pod in pods if rank_of(pod) == "0"), None)
-            if first is not None:
-                yield TriggerEvent({**about, "status": "running", "name": first.metadata.name})
-                return
-            if time.time() > deadline:
-                hours = self.schedule_timeout / 3600
-                message = f"was not admitted within {hours:g} h (runner.queue_hours)"
-                yield TriggerEvent({**about, "status": "timeout", "message": message})
-                return
-            await asyncio.sleep(self.poll_interval)
-
-    async def on_kill(self) -> None:
-        async with self.hook.get_conn() as connection:
-            api = asyncio_client.CustomObjectsApi(connection)
-            await api.delete_namespaced_custom_object(
-                GROUP, VERSION, self.pod_namespace, PLURAL, self.jobset, propagation_policy="Background"
-            )
 
 
 def jobset(name: str, pod: Mapping[str, Any], nodes: int) -> dict[str, Any]:

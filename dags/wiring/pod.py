@@ -46,6 +46,7 @@ class PodStep(KubernetesPodOperator):
     """
 
     ui_color = "#e8f0fe"
+    trigger_class = PodTrigger
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class PodStep(KubernetesPodOperator):
 
     def defer(self, *, trigger: BaseTrigger, **kwargs: Any) -> None:
         if type(trigger) is KubernetesPodTrigger:
-            trigger = PodTrigger(**trigger.serialize()[1])
+            trigger = self.trigger_class(**trigger.serialize()[1])
         super().defer(trigger=trigger, **kwargs)
 
     def _inside(self) -> bool | None:

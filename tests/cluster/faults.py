@@ -51,5 +51,10 @@ FAULTS: dict[str, dict[str, Any]] = {
         runner__retries=2,
         **{"runner.steps.train-hllm-1.nodes": 2},
     ),
+    "cancelled": fault(
+        "train-hllm-1",
+        {**ENDLESS, "HLLM__RUN__SEED": "8"},
+        **{"runner.steps.train-hllm-1.nodes": 2},
+    ),
     "rights": fault("ingest", elsewhere("rights")),
 }

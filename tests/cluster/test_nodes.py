@@ -49,3 +49,18 @@ def test_a_set_that_loses_a_pod_is_made_again_and_continues(platform: Platform, 
         found = platform.store.manifest(run.task, made)
         assert found
         assert found.facts["processes"] == 2
+
+
+def test_of_a_set_whose_task_a_person_marks_as_failed_nothing_is_left(
+    platform: Platform, prepared: None
+) -> None:
+    place = platform.place
+    with controlled(place):
+        run = platform.start("fault_cancelled", "train-hllm-1")
+        training(platform, run)
+        run.fail()
+        run.wait("failed")
+        names = {pod["metadata"]["name"] for pod in place.pods(run.dag, run.task)}
+        assert len(names) == 2
+        wait_until("both pods to be gone", lambda: not names & set(place.living()))
+        assert json.loads(place.kubectl("get", "jobsets", "-o", "json"))["items"] == []

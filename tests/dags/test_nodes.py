@@ -11,7 +11,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskD
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from kubernetes import client as k8s
 from kubernetes.client import ApiException
-from wiring.nodes import FirstPodTrigger, NodesStep
+from wiring.nodes import FirstPodTrigger, NodesStep, SetTrigger
 from wiring.pod import refuse_unknown_steps
 
 from hllm.errors import ConfigError
@@ -100,7 +100,7 @@ def test_the_trigger_comes_back_as_it_was(step: NodesStep) -> None:
     path, values = trigger.serialize()
     assert path == "wiring.nodes.FirstPodTrigger"
     assert FirstPodTrigger(**values).serialize() == (path, values)
-    assert trigger.jobset == body["metadata"]["name"]
+    assert trigger.trigger_kwargs == {"jobset": body["metadata"]["name"]}
 
 
 def test_a_set_that_is_not_admitted_is_deleted(step: NodesStep) -> None:
@@ -110,6 +110,29 @@ def test_a_set_that_is_not_admitted_is_deleted(step: NodesStep) -> None:
         AirflowFailException, match="JobSet hllm/set was not admitted within 1 h, and was deleted"
     ):
         step.first_pod_made(context_of(step), event)
+    step.hook.custom_object_client.delete_namespaced_custom_object.assert_called_once()
+
+
+def test_a_set_that_cannot_be_followed_is_deleted_and_tried_again(step: NodesStep) -> None:
+    cluster(step)
+    event = {"jobset": "set", "status": "error", "name": "", "message": "could not be followed: 503"}
+    with pytest.raises(AirflowException, match="JobSet hllm/set could not be followed: 503") as raised:
+        step.first_pod_made(context_of(step), event)
+    assert not isinstance(raised.value, AirflowFailException)
+    step.hook.custom_object_client.delete_namespaced_custom_object.assert_called_once()
+
+
+def test_whoever_ends_the_task_while_its_pods_run_ends_the_set(step: NodesStep) -> None:
+    pod = pod_that(k8s.V1ContainerState(running=k8s.V1ContainerStateRunning()), phase="Running")
+    cluster(step, pod)
+    event = {"jobset": "set", "status": "running", "name": "set-node-0-0", "namespace": "hllm"}
+    with pytest.raises(TaskDeferred) as deferred:
+        step.first_pod_made(context_of(step), event)
+    path, values = deferred.value.trigger.serialize()
+    assert path == "wiring.nodes.SetTrigger"
+    trigger = SetTrigger(**values)
+    assert (trigger.pod_name, trigger.trigger_kwargs["jobset"]) == (pod.metadata.name, "set")
+    step.on_kill()
     step.hook.custom_object_client.delete_namespaced_custom_object.assert_called_once()
 
 

@@ -83,6 +83,10 @@ _TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
 }
 
 
+_TRAIN_REVISIONS: dict[tuple[str, int], int] = {("hllm", 1): 2}
+"""2: a random User LLM starts with larger inputs; a frozen BERT is read without its dropout."""
+
+
 def stages_of(settings: Settings, family: str) -> tuple[int, ...]:
     """The stages that are trained: all of a baseline's, of the main family as many as `model.stages` says."""
     chosen = settings.model.stages if family == settings.model.family else 0
@@ -144,6 +148,7 @@ def steps(settings: Settings) -> dict[str, Step]:
                     decides,
                     "hllm.training.train:train",
                     shared=True,
+                    revision=_TRAIN_REVISIONS.get((family, stage), 1),
                 )
             )
             evaluated.append(train_name(family, stage))

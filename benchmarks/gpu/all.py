@@ -202,7 +202,7 @@ def stage1(
     prepared: Prepared, config: dict[str, int], size: Size, device: torch.device, zero: int = 0
 ) -> Measured:
     """A step of both LLMs, in as few parts as fit."""
-    stage = Stage(history_length=size.history + 1, batch_size=size.batch, negatives=size.negatives)
+    stage = Stage(history_length=size.history, batch_size=size.batch, negatives=size.negatives)
     batch = Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, 1)[0]
     tokens = (size.tokens + 1) * len(batch.distinct_K) + batch.history.packing.tokens
 

@@ -85,7 +85,12 @@ def _effort(entry: Entry, found: Sequence[Pipeline]) -> Effort:
     return Effort(
         # Stage 2 holds no Item LLM any more: stage 1 knows the whole model.
         parameters=int(trained[0][0].facts["parameters"]),
-        seconds=sum(manifest.seconds for all_seeds in manifests.values() for manifest in all_seeds)
+        # A training that was stopped and went on knows how long all of it took.
+        seconds=sum(
+            manifest.facts.get("train_seconds", manifest.seconds)
+            for all_seeds in manifests.values()
+            for manifest in all_seeds
+        )
         / len(own),
         steps=tuple(all_seeds[0].rows["steps"] for all_seeds in trained),
         memory_mb=max(int(manifest.usage.get(MEMORY, 0)) for stage in trained for manifest in stage),

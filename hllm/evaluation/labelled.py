@@ -42,11 +42,14 @@ def simple_scores(prepared: Prepared, held_out: HeldOut) -> dict[str, npt.NDArra
 
 def item_rates(prepared: Prepared) -> npt.NDArray[np.float64]:
     """(I,) the share of training events with label 1 among those with a label, drawn towards the whole
-    catalogue's share by PRIOR_EVENTS."""
+    catalogue's share by PRIOR_EVENTS. (A user's first event in the validation or test period is never held
+    out, and no training event either.)"""
     events = np.arange(len(prepared.event_items))
-    owners = np.searchsorted(np.asarray(prepared.user_offsets), events, side="right") - 1
+    starts = np.asarray(prepared.user_offsets)
+    owners = np.searchsorted(starts, events, side="right") - 1
     labels = np.asarray(prepared.event_labels)
-    trained = (events < np.asarray(prepared.train_ends)[owners]) & (labels >= 0)
+    training = prepared.user_table(["train_events"])["train_events"].to_numpy()
+    trained = (events - starts[owners] < training[owners]) & (labels >= 0)
     items, labels = np.asarray(prepared.event_items)[trained], labels[trained]
     shown_I = np.bincount(items, minlength=prepared.items)
     liked_I = np.bincount(items, weights=labels, minlength=prepared.items)

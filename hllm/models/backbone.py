@@ -90,6 +90,9 @@ def fingerprint(backbone: str) -> str:
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]
 
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout")
+"""What families call it in their configurations."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes, for decoders that start from nothing."""
@@ -258,8 +261,9 @@ def _layers(settings: Decoder, config: Any) -> int:
 
 
 def _cut(config: Any) -> Any:
-    """A configuration without quantisation (weights are plain) and with per-layer lists as long as the
-    stack."""
+    """A configuration without quantisation (weights are plain), with per-layer lists as long as the stack,
+    and without dropout of its own (BERT has some): an item must be the same vector while it is trained,
+    remembered, cached and served. `model.dropout` is the User LLM's, and put where it says."""
     if getattr(config, "attn_logit_softcapping", None):
         raise ConfigError(
             f"{config.model_type} caps its attention logits softly, which packed attention does not do",
@@ -276,6 +280,9 @@ def _cut(config: Any) -> Any:
         del config.quantization_config
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
+    for name in DROPOUTS:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
     config.use_cache = False
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # nothing is padded or generated
     return config

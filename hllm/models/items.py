@@ -16,10 +16,20 @@ from torch import Tensor, nn
 
 from hllm.models.backbone import word_vectors
 from hllm.models.lora import merged_state
-from hllm.models.packing import Packing, on_device, ragged, run_packed, run_packed_to_last
+from hllm.models.packing import (
+    Packing,
+    inference_precision,
+    on_device,
+    ragged,
+    run_packed,
+    run_packed_to_last,
+)
 
 # K distinct items, T tokens, D vector width
 Items = npt.NDArray[np.integer]
+
+READ_TOGETHER = 256
+"""Texts that a frozen tower reads at once, to remember them."""
 
 
 class TextItems(nn.Module):
@@ -67,7 +77,8 @@ class TextItems(nn.Module):
 
     def freeze(self) -> None:
         """Train nothing of the tower (table 4 of the paper); the whitening layer, which comes after it, is
-        trained all the same. Hidden states that cannot change are computed once: (I, D) floats of memory."""
+        trained all the same. Hidden states that cannot change are computed once: (I, D) floats of memory,
+        which are those that `hllm embed` will compute, to the precision, and the same after a restart."""
         self.requires_grad_(False)
         if self.whiten:
             self.centre.requires_grad_(True)
@@ -86,12 +97,15 @@ class TextItems(nn.Module):
         `floor` times the largest are not blown up further). Pretrained hidden states of different texts point
         nearly the same way (mean cosine 0.986 after two layers of SmolLM2): nothing a temperature could pull
         apart in a few hundred steps."""
-        hidden_KD = torch.cat(
-            [
-                F.normalize(self.hidden(part), dim=-1)
-                for part in np.array_split(items_K, -(-len(items_K) // chunk))
-            ]
-        )
+        whole = len(items_K) == len(self.token_offsets) - 1
+        read = self.hidden if whole else self._read  # of a sample, to remember whole groups is too much
+        with inference_precision(self.words.device):
+            hidden_KD = torch.cat(
+                [
+                    F.normalize(read(part), dim=-1)
+                    for part in np.array_split(items_K, -(-len(items_K) // chunk))
+                ]
+            )
         centre = hidden_KD.mean(0)
         values, vectors = torch.linalg.eigh((hidden_KD - centre).T @ (hidden_KD - centre) / len(hidden_KD))
         self.centre.copy_(centre)
@@ -102,9 +116,11 @@ class TextItems(nn.Module):
         if self.remembered is None:
             return self._read(items_K)
         new_K = items_K[self.remembered[torch.from_numpy(items_K), 0].isnan().numpy()]
-        if len(new_K):
-            with torch.no_grad():
-                self.remembered[torch.from_numpy(new_K)] = self._read(new_K).cpu()
+        # Always the same texts together: neighbours change the last bits, and a run must be repeatable.
+        for group in np.unique(new_K // READ_TOGETHER):
+            group_G = np.arange(len(self.remembered))[group * READ_TOGETHER : (group + 1) * READ_TOGETHER]
+            with torch.no_grad(), inference_precision(self.words.device):
+                self.remembered[torch.from_numpy(group_G)] = self._read(group_G).cpu()
         return self.remembered[torch.from_numpy(items_K)].to(self.words.device)
 
     def _read(self, items_K: Items) -> Tensor:

@@ -23,6 +23,7 @@ from hllm.models.items import CachedItems, IdItems, TextItems
 from hllm.models.lora import choose_what_learns, merged_state
 from hllm.models.recommender import Recommender, UserModel
 from hllm.models.users import DecoderUser, SASRecUser, drop_out
+from hllm.processes import device
 from hllm.settings import Settings
 
 ID_USERS: dict[str, type[SASRecUser] | type[HSTUUser]] = {"sasrec": SASRecUser, "hstu": HSTUUser}
@@ -46,7 +47,7 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
             items.freeze()
         if model.whiten:
             sample = np.random.default_rng(settings.run.seed).permutation(prepared.items)[:WHITENING_ITEMS]
-            items.start_white(np.sort(sample))
+            items.to(device()).start_white(np.sort(sample))
         longest = int(np.diff(prepared.token_offsets).max()) + 1
         if sees_ahead(decoder) and longest > decoder.config.max_position_embeddings:
             raise ConfigError(

@@ -44,6 +44,7 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
     side and its word embeddings may have learning rates of their own. Frozen weights are in no group.
     """
     spared = {"words", "item_token", "projection", "table", "tables", "ids", "positions"}
+    spared |= {"position_embeddings", "token_type_embeddings"}  # BERT's
     item_lr = stage.item_lr or stage.lr
     peaks = {"items.words": stage.words_lr or item_lr, "items": item_lr}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -178,7 +179,10 @@ class Spread:
         self.engine.backward(loss)
 
     def step(self, step: int, loss: Tensor, share: float) -> None:
-        """Update with `share` of the peak learning rates, unless the loss is not finite."""
+        """Update with `share` of the peak learning rates, unless the loss is not finite: then neither this
+        nor any later update is made, so that weights and step are those of the failure when someone looks."""
+        if self.last.failed_step >= 0:
+            return
         value = float(loss)
         if not math.isfinite(value):
             self.last = Seen(value, math.nan, step, value)

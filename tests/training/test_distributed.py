@@ -4,9 +4,12 @@ checkpoint that any number of processes continues from."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import encoded
-from hllm.errors import Terminated
+from hllm.errors import DataError, Terminated
 from hllm.models.lora import merged_state
 from hllm.models.recommender import Recommender
 from hllm.processes import joined, place
 from hllm.settings import Stage
+from hllm.training import loop
 from hllm.training.batches import Batches
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
@@ -137,6 +141,22 @@ def as_one_of_two_by_zero(folder: Path) -> None:
             keep(folder, f"continued-{level}", *trained(folder / f"parts-{level}", data, zero=level))
             found = trained(folder / f"accumulated-{level}", data, zero=level, accumulate=2)
             keep(folder, f"accumulated-{level}", *found)
+            with failing_at(3), pytest.raises(DataError, match="the loss is nan at step 3"):
+                trained(folder / f"failing-{level}", data, zero=level, evaluate_every=0)
+
+
+@contextmanager
+def failing_at(step: int) -> Iterator[None]:
+    """The loss of one step is not a number; those after it are fine again."""
+    before = loop.backpropagate
+
+    def backpropagate(*args: Any) -> torch.Tensor:
+        seed = args[5]
+        return before(*args) * (math.nan if seed % 1_000_003 == step else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "backpropagate", backpropagate)
+        yield
 
 
 def as_one_of_two_with_adapters(folder: Path) -> None:

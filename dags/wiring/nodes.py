@@ -27,6 +27,8 @@ GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
 NODE = "node"
 """The set's only job; its pods are called NAME-node-0-RANK."""
 PORT = 29400
+INDEX = "batch.kubernetes.io/job-completion-index"
+"""The annotation by which an indexed job tells its pods which one they are."""
 KEEP_SECONDS = 86_400
 """A set that nobody deleted - Airflow was gone - deletes itself so long after its end."""
 
@@ -185,11 +187,15 @@ def jobset(name: str, pod: Mapping[str, Any], nodes: int) -> dict[str, Any]:
     (container,) = spec["containers"]
     told = {
         "PET_NNODES": str(nodes),
-        "PET_NODE_RANK": "$(JOB_COMPLETION_INDEX)",  # an indexed job sets it
         "PET_MASTER_ADDR": f"{name}-{NODE}-0-0.{name}",
         "PET_MASTER_PORT": str(PORT),
     }
-    variables = [{"name": key, "value": value} for key, value in told.items()]
+    # JOB_COMPLETION_INDEX says the same, but the job's controller puts it last: "$(...)" would stay as it is.
+    rank = {"valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}}
+    variables = [
+        *({"name": key, "value": value} for key, value in told.items()),
+        {"name": "PET_NODE_RANK", **rank},
+    ]
     spec["containers"] = [{**container, "env": [*container.get("env", ()), *variables]}]
     spec["restartPolicy"] = "Never"
     own = {key: value for key, value in labels.items() if not key.startswith("kueue.x-k8s.io/")}
@@ -225,8 +231,8 @@ def jobset(name: str, pod: Mapping[str, Any], nodes: int) -> dict[str, Any]:
 
 
 def rank_of(pod: V1Pod) -> str:
-    """Which of the set it is: indexed jobs say so in an annotation."""
-    return (pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index", "")
+    """Which of the set it is."""
+    return (pod.metadata.annotations or {}).get(INDEX, "")
 
 
 def _failed(pod: V1Pod) -> str:

@@ -27,7 +27,7 @@ from hllm.settings import Pod, Settings
 from hllm.steps import FAMILIES, embed_name, train_name
 from wiring.form import ROOT
 from wiring.runner import Ended, Environment, failure
-from wiring.trigger import SETTLED_SECONDS, PodTrigger
+from wiring.trigger import PodTrigger
 
 SECRETS = ("hllm-s3", "hllm-feast")
 """Credentials reach the command as environment, by reference: the pod's spec holds none."""
@@ -71,7 +71,7 @@ class PodStep(KubernetesPodOperator):
             termination_message_policy="FallbackToLogsOnError",
             deferrable=True,
             durable=True,
-            logging_interval=max(1, runner.log_seconds - SETTLED_SECONDS),
+            logging_interval=runner.log_seconds,
             poll_interval=5,
             schedule_timeout_seconds=round(runner.queue_hours * 3600),
             startup_timeout_seconds=round(runner.start_minutes * 60),

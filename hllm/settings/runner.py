@@ -56,8 +56,8 @@ class Runner(Section):
     """How long a pod that has its node may take to start, pulling its image included."""
     grace_seconds: int = Field(300, ge=1)
     """Seconds from SIGTERM to SIGKILL: time for one unit of work and a checkpoint."""
-    log_seconds: int = Field(15, ge=10)
-    """Seconds between looks at a pod's output, which then appears in the task's log; ten or more."""
+    log_seconds: int = Field(15, ge=1)
+    """Seconds between looks at a pod's output, which then appears in the task's log."""
 
     def pod_of(self, step: str) -> Pod:
         """What the pod of one step asks for: `pod`, except for what `steps` says of it."""

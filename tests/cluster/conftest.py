@@ -136,7 +136,7 @@ def settings_for(
             "runner.namespace": NAMESPACE,
             "runner.pod": pod,
             "runner.grace_seconds": 20,
-            "runner.log_seconds": 10,
+            "runner.log_seconds": 5,
             "runner.parallel_steps": 2,
         },
     )

@@ -78,7 +78,7 @@ def make_pods(place: Namespace, jobset: dict[str, Any]) -> None:
         pod["spec"] |= {"hostname": pod["metadata"]["name"], "subdomain": name}
         pod["spec"]["hostAliases"] = [{"ip": address, "hostnames": [f"{first}.{name}"]}]
         (container,) = pod["spec"]["containers"]
-        container["env"].insert(0, {"name": "JOB_COMPLETION_INDEX", "value": str(index)})
+        container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})  # last, as jobs do
         place.apply(pod)
         if index == 0:
             address = wait_until(

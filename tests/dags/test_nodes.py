@@ -69,10 +69,14 @@ def test_every_pod_is_the_steps_own_and_is_told_where_the_first_one_is(step: Nod
     (container,) = spec["template"]["spec"]["containers"]
     assert container["args"] == ["hllm", "train", "--family", "hllm", "--stage", "1"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
-    told = {one["name"]: one["value"] for one in container["env"]}
+    told = {one["name"]: one.get("value") or one["valueFrom"] for one in container["env"]}
     name = body["metadata"]["name"]
     assert told["PET_MASTER_ADDR"] == f"{name}-node-0-0.{name}"
-    assert (told["PET_NNODES"], told["PET_NODE_RANK"]) == ("2", "$(JOB_COMPLETION_INDEX)")
+    assert told["PET_NNODES"] == "2"
+    # Not by another variable: the job's controller appends its own, and only earlier ones are expanded.
+    assert told["PET_NODE_RANK"] == {
+        "fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+    }
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "hllm"
     assert "kueue.x-k8s.io/queue-name" not in spec["template"]["metadata"]["labels"]
 

@@ -22,7 +22,7 @@ from kubernetes import client as k8s
 from kubernetes.client import ApiClient, ApiException
 from urllib3.exceptions import MaxRetryError
 from wiring.pod import PodStep, refuse_unknown_steps, variables
-from wiring.trigger import SETTLED_SECONDS, PodTrigger
+from wiring.trigger import PodTrigger
 
 from hllm.errors import ConfigError
 from hllm.settings import Pod, load
@@ -179,7 +179,7 @@ def test_the_operator_waits_reattaches_and_keeps_what_failed(dags: dict[str, Any
     step = dags["hllm_train"].task_dict["train-hllm-1"]
     assert step.deferrable
     assert step.durable
-    assert step.logging_interval == 15 - SETTLED_SECONDS
+    assert step.logging_interval == 15
     assert step.on_finish_action.value == "delete_succeeded_pod"
     assert step.schedule_timeout_seconds == 12 * 3600
     assert step.startup_timeout_seconds == 20 * 60

@@ -13,10 +13,13 @@ of the target's score are computed again in float64. So neither the block size n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
@@ -136,8 +139,8 @@ def rank_by_vectors(
     longest_item = lengths(items_ID, f"{what}: item vectors").max(initial=0.0)
     margin_R = rounding(lengths(users_RD, f"{what}: user vectors"), float(longest_item), users_RD.shape[1])
     filtered, unfiltered = np.zeros(len(held_out), np.int64), np.zeros(len(held_out), np.int64)
-    blocks = list(held_out.blocks(block_users))
-    for block in blocks[place().rank :: place().size]:
+
+    def rank(block: slice) -> int:
         users_BD, targets_B = users_RD[block], held_out.targets_R[block]
         scores_B = exact_scores(users_BD, items_ID, np.arange(len(targets_B)), targets_B)
         ahead_B = count_ahead(users_BD, items_ID, targets_B, scores_B, margin_R[block], block_items)
@@ -145,8 +148,26 @@ def rank_by_vectors(
         seen_ahead = exact_scores(users_BD, items_ID, rows, items) >= scores_B[rows]
         unfiltered[block] = 1 + ahead_B
         filtered[block] = unfiltered[block] - np.bincount(rows[seen_ahead], minlength=len(targets_B))
-        advance(len(targets_B) * place().size)
+        return len(targets_B)
+
+    blocks = list(held_out.blocks(block_users))
+    with workers() as pool:
+        for ranked in pool.map(rank, blocks[place().rank :: place().size]):
+            advance(ranked * place().size)
     return Ranks(total(filtered), total(unfiltered))
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as a product of matrices would take, each with products of its own: so that all of the
+    work is shared and not the products alone."""
+    found = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+    pool = ThreadPoolExecutor(max(found, default=1))
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # who is told to stop does not wait for what has not begun
 
 
 def count_ahead(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.k8s.world import K8S, of_kind, overlay
+from tests.k8s.world import K8S, OVERLAYS, of_kind, overlay, settings_of
 
 CHARTS = {
     path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted((K8S / "charts").glob("*.yaml"))
@@ -28,7 +29,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def test_there_are_values_for_every_service():
-    assert set(CHARTS) == {"airflow", "mlflow", "postgresql", "redis"}
+    assert set(CHARTS) == {"airflow", "mlflow"}
 
 
 @pytest.mark.parametrize("chart", CHARTS)
@@ -79,6 +80,37 @@ def test_every_service_says_what_it_takes(chart: str):
     assert asked
     for path, value in asked.items():
         assert found[path.replace("requests", "limits")] == value
+
+
+def test_every_service_comes_before_steps():
+    """Where the chart has a key for it: in each of Airflow's parts that we size, and of the one of MLflow."""
+    airflow = [part for part in CHARTS["airflow"].values() if isinstance(part, dict) and "resources" in part]
+    assert len(airflow) == 5
+    for part in [*airflow, CHARTS["mlflow"]]:
+        assert part["priorityClassName"] == "hllm-service"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_mlflow_listens_where_the_settings_look_for_it(name: str):
+    port = CHARTS["mlflow"]["service"]["port"]  # the chart's own is 80
+    assert settings_of(name).mlflow.tracking_uri == f"http://mlflow:{port}"
+    allowed = CHARTS["mlflow"]["extraEnvVars"]["MLFLOW_SERVER_ALLOWED_HOSTS"]
+    assert f"mlflow:{port}" in allowed.split(",")
+    (rule,) = of_kind("NetworkPolicy", overlay(name))["mlflow"]["spec"]["ingress"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": CHARTS["mlflow"]["service"]["containerPort"]}]
+
+
+def test_the_version_of_mlflow_that_serves_also_migrates_the_database():
+    values = CHARTS["mlflow"]
+    assert values["backendStore"]["databaseMigration"] is True
+    assert values["initImages"]["mlflowDbMigration"] == values["image"]
+
+
+def test_no_volume_is_one_that_the_mlflow_chart_has_already():
+    values = CHARTS["mlflow"]
+    assert {volume["name"] for volume in values["extraVolumes"]} & {"tmp", "migrations-config"} == set()
+    mounts = Counter(mount["mountPath"] for mount in values["extraVolumeMounts"])
+    assert mounts == {"/work": 1}
 
 
 def test_airflow_finds_the_settings_and_the_templates_of_pods():

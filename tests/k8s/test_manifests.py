@@ -6,13 +6,17 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.k8s.world import OVERLAYS, Manifest, named, of_kind, overlay, settings_of
+from tests.k8s.world import OVERLAYS, Manifest, named, of_kind, overlay, services, settings_of
 
 SCHEMA = "1.37"
 EVERY = [
-    pytest.param(manifest, id=f"{name}-{named(manifest)}") for name in OVERLAYS for manifest in overlay(name)
+    pytest.param(manifest, id=f"{name}-{named(manifest)}")
+    for name, manifests in ({name: overlay(name) for name in OVERLAYS} | {"services": services()}).items()
+    for manifest in manifests
 ]
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
+LINK_LOCAL = {"169.254.20.10/32": {53}, "169.254.170.23/32": {80}}
+"""NodeLocal DNSCache, EKS Pod Identity: one address and one port each."""
 
 
 @pytest.mark.parametrize("manifest", EVERY)
@@ -91,7 +95,9 @@ def test_every_allowance_names_a_port_and_a_peer(name: str):
             assert rule[peers], policy
             for peer in rule[peers]:
                 assert peer, f"{policy} allows everybody"
-                if "ipBlock" in peer:
+                if peer.get("ipBlock", {}).get("cidr") in LINK_LOCAL:
+                    assert {port["port"] for port in rule["ports"]} == LINK_LOCAL[peer["ipBlock"]["cidr"]]
+                elif "ipBlock" in peer:
                     assert "169.254.0.0/16" in peer["ipBlock"]["except"], "the node's own credentials"
 
 

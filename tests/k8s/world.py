@@ -37,6 +37,11 @@ def overlay(name: str) -> tuple[Manifest, ...]:
     return tuple(render(K8S / "overlays" / name))
 
 
+@cache
+def services() -> tuple[Manifest, ...]:
+    return tuple(render(K8S / "services"))
+
+
 def of_kind(kind: str, manifests: tuple[Manifest, ...]) -> dict[str, Manifest]:
     """By name."""
     return {each["metadata"]["name"]: each for each in manifests if each["kind"] == kind}

@@ -8,77 +8,23 @@ is lost, all end, and the task's next try continues from the last checkpoint.
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import generic_api_retry
 from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
-from airflow.triggers.base import TriggerEvent
-from kubernetes.client import ApiClient, ApiException, V1Pod
-from kubernetes_asyncio import client as asyncio_client
+from kubernetes.client import ApiClient, ApiException, V1ObjectMeta, V1Pod
+from urllib3.exceptions import HTTPError
 
+from hllm.errors import Terminated
+from hllm.launch import TELLING
+from hllm.processes import GONE
 from hllm.steps import digest_of
-from wiring.pod import PodStep
-from wiring.trigger import SETTLED_SECONDS, PodTrigger
-
-GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
-NODE = "node"
-"""The set's only job; its pods are called NAME-node-0-RANK."""
-PORT = 29400
-INDEX = "batch.kubernetes.io/job-completion-index"
-"""The annotation by which an indexed job tells its pods which one they are."""
-KEEP_SECONDS = 86_400
-"""A set that nobody deleted - Airflow was gone - deletes itself so long after its end."""
-
-
-class SetTrigger(PodTrigger):
-    """Follows the first pod of the JobSet in `trigger_kwargs`; a person who ends the task ends the set."""
-
-    async def on_kill(self) -> None:
-        if self._fired_event:
-            return
-        async with self.hook.get_conn() as connection:
-            api = asyncio_client.CustomObjectsApi(connection)
-            await api.delete_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                self.pod_namespace,
-                PLURAL,
-                self.trigger_kwargs["jobset"],
-                propagation_policy="Background",
-            )
-
-
-class FirstPodTrigger(SetTrigger):
-    """Waits until the JobSet has its first pod, which takes as long as the queue it is in."""
-
-    async def run(self) -> AsyncIterator[TriggerEvent]:
-        await asyncio.sleep(SETTLED_SECONDS)
-        try:
-            found = await self._first_pod()
-        except Exception as error:  # whatever it is, the set must not go on while the next try makes another
-            self.log.exception("JobSet %s", self.trigger_kwargs["jobset"])
-            found = {"status": "error", "message": f"could not be followed: {error}"}
-        self._fired_event = True
-        yield TriggerEvent({"name": "", "namespace": self.pod_namespace, **self.trigger_kwargs, **found})
-
-    async def _first_pod(self) -> dict[str, str]:
-        deadline = time.time() + self.schedule_timeout
-        selector = f"jobset.sigs.k8s.io/jobset-name={self.trigger_kwargs['jobset']}"
-        while True:
-            async with self.hook.get_conn() as connection:
-                api = asyncio_client.CoreV1Api(connection)
-                pods = (await api.list_namespaced_pod(self.pod_namespace, label_selector=selector)).items
-            first = next((pod for pod in pods if rank_of(pod) == "0"), None)
-            if first is not None:
-                return {"status": "running", "name": first.metadata.name}
-            if time.time() > deadline:
-                hours = self.schedule_timeout / 3600
-                message = f"was not admitted within {hours:g} h (runner.queue_hours)"
-                return {"status": "timeout", "message": message}
-            await asyncio.sleep(self.poll_interval)
+from wiring.jobset import GROUP, PLURAL, VERSION, jobset, pods_of, rank_of
+from wiring.pod import PodStep, ended_of
+from wiring.runner import Ended
+from wiring.trigger import SetTrigger
 
 
 class NodesStep(PodStep):
@@ -92,10 +38,10 @@ class NodesStep(PodStep):
         self.jobset_name = ""
 
     def execute_async(self, context: Context) -> None:
-        """In place of one pod, the set; the trigger then waits until its first pod is there."""
-        ti = context["ti"]
-        run = digest_of([ti.dag_id, context["run_id"], ti.task_id, ti.try_number])[:8]
-        name = f"hllm-{self.task_id}-{run}"  # a scheduler that starts again finds the set that it had made
+        """In place of one pod, the set; the trigger waits until its first pod is there."""
+        names = [self._name(context, number + 1) for number in range(context["ti"].try_number)]
+        self._end_earlier(names[:-1])
+        name = names[-1]  # a scheduler that starts again finds the set that it had made
         pod = ApiClient().sanitize_for_serialization(self.build_pod_request_obj(context))
         try:
             self.hook.custom_object_client.create_namespaced_custom_object(
@@ -109,136 +55,113 @@ class NodesStep(PodStep):
                 ) from None
             if error.status != 409:  # this try's own, from before a restart
                 raise
-        self.jobset_name = name
+        self._found({"jobset": name})
         self.log.info("JobSet %s/%s: %s pods", self.namespace, name, self.nodes)
-        self.convert_config_file_to_dict()
-        self.defer(
-            trigger=FirstPodTrigger(
-                trigger_kwargs={"jobset": name},
-                pod_name="",
-                pod_namespace=self.namespace,
-                trigger_start_time=ti.start_date,
-                base_container_name=self.base_container_name,
-                kubernetes_conn_id=self.kubernetes_conn_id,
-                config_dict=self._config_dict,
-                in_cluster=self._inside(),
-                schedule_timeout=self.schedule_timeout_seconds,
-                poll_interval=self.poll_interval,
-            ),
-            method_name="first_pod_made",
-        )
-
-    def first_pod_made(self, context: Context, event: dict[str, Any]) -> None:
-        """From here on the first pod is followed as the only pod of another step is."""
-        self.jobset_name = event["jobset"]
-        if event["status"] != "running":
-            self._delete_set()
-            final = AirflowFailException if event["status"] == "timeout" else AirflowException
-            problem = final(
-                f"hllm {' '.join(self.command)}: JobSet {self.namespace}/{self.jobset_name} "
-                f"{event['message']}, and was deleted"
-            )
-            self._leave(context, problem)
-            raise problem
-        self.trigger_kwargs = {"jobset": self.jobset_name}
-        self.pod = self.hook.get_pod(event["name"], self.namespace)
-        self.invoke_defer_method(context=context)
+        self.pod = V1Pod(metadata=V1ObjectMeta(name="", namespace=self.namespace))  # its trigger will find it
+        try:
+            self.invoke_defer_method(context=context)
+        finally:
+            self.pod = None
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
         """The end of the first pod is the end of all; the set goes, and with it every pod."""
-        self.jobset_name = event["jobset"]
-        self.trigger_kwargs = {"jobset": self.jobset_name}
+        self._found(event)
         try:
-            super().trigger_reentry(context, event)
+            if event["name"]:
+                super().trigger_reentry(context, event)
+            else:
+                self._conclude(context, event)
         except TaskDeferred:
             raise
-        except AirflowException as error:
-            others = self._others_that_failed()
+        except BaseException:
             self._delete_set()
-            raise type(error)(f"{error}{others}") from None
+            raise
         self._delete_set()
 
     def on_kill(self) -> None:
-        super().on_kill()
         if self.jobset_name:
             self._delete_set()
+        super().on_kill()
 
-    def _others_that_failed(self) -> str:
-        """The first pod often only notices that another one is gone."""
-        found = self.hook.core_v1_client.list_namespaced_pod(
-            self.namespace, label_selector=f"jobset.sigs.k8s.io/jobset-name={self.jobset_name}"
-        ).items
-        said = [one for pod in found if (one := _failed(pod)) and rank_of(pod) != "0"]
-        return f"; {'; '.join(said)}" if said else ""
+    def _name(self, context: Context, try_number: int) -> str:
+        ti = context["ti"]
+        return f"hllm-{self.task_id}-{digest_of([ti.dag_id, context['run_id'], ti.task_id, try_number])[:8]}"
+
+    def _found(self, event: Mapping[str, Any]) -> None:
+        self.jobset_name = event["jobset"]
+        self.trigger_kwargs = {"jobset": self.jobset_name}
+
+    def _end_earlier(self, names: list[str]) -> None:
+        """What earlier tries left behind - the API was away, a worker was lost - must not train on beside
+        this one. An API that does not take it away ends this try, too."""
+        if not names:
+            return
+        for name in names:
+            self._ask_to_go(name)
+        self.await_end(
+            lambda: [
+                pod
+                for pod in self.hook.core_v1_client.list_namespaced_pod(
+                    self.namespace, label_selector=pods_of(*names)
+                ).items
+                if pod.status.phase not in ("Succeeded", "Failed")
+            ]
+        )
+
+    def _ended(self) -> Ended | None:
+        """The first pod's end; if that is no good one, the end of the pod that it began with. The others only
+        notice: they say so, or the set's controller takes them away."""
+        own = super()._ended()
+        if own is not None and not own.exit_code:
+            return own
+        ends = {"0": own} if own else {}
+        ends |= self._others_that_failed()
+        if not ends:
+            return None
+        rank = min(ends, key=lambda one: (*_noticed(ends[one]), one))
+        line = ends[rank].line if rank == "0" else f"node {rank}: {ends[rank].line}"
+        others = [
+            f"node {one} ended with {end.exit_code}: {end.line}" for one, end in ends.items() if one != rank
+        ]
+        return Ended(ends[rank].exit_code, "; ".join((line, *others)))
+
+    def _others_that_failed(self) -> dict[str, Ended]:
+        try:
+            pods = self.hook.core_v1_client.list_namespaced_pod(
+                self.namespace, label_selector=pods_of(self.jobset_name)
+            ).items
+        except (ApiException, HTTPError) as error:
+            self.log.warning("The other pods of JobSet %s: %s", self.jobset_name, error)
+            return {}
+        ends = {rank_of(pod): ended_of(pod, self.task_id) for pod in pods}
+        return {rank: end for rank, end in ends.items() if rank != "0" and end and end.exit_code}
+
+    def _without_an_end(self, event: Mapping[str, Any]) -> AirflowException:
+        if event["name"]:
+            return super()._without_an_end(event)
+        final = AirflowFailException if event["status"] == "timeout" else AirflowException
+        return final(
+            f"hllm {' '.join(self.command)}: JobSet {self.namespace}/{self.jobset_name} "
+            f"{event['message']}, and was deleted"
+        )
 
     def _delete_set(self) -> None:
         try:
+            self._ask_to_go(self.jobset_name)
+        except (ApiException, HTTPError) as error:
+            self.log.warning("JobSet %s is left to the task's next try: %s", self.jobset_name, error)
+
+    @generic_api_retry
+    def _ask_to_go(self, name: str) -> None:
+        try:
             self.hook.custom_object_client.delete_namespaced_custom_object(
-                GROUP, VERSION, self.namespace, PLURAL, self.jobset_name, propagation_policy="Background"
+                GROUP, VERSION, self.namespace, PLURAL, name, propagation_policy="Background"
             )
         except ApiException as error:
             if error.status != 404:
-                self.log.warning("JobSet %s was not deleted: %s", self.jobset_name, error.reason)
+                raise
 
 
-def jobset(name: str, pod: Mapping[str, Any], nodes: int) -> dict[str, Any]:
-    """`nodes` times this pod, as one set that starts, ends and waits in the queue together."""
-    spec, labels = dict(pod["spec"]), {**pod["metadata"]["labels"], "hllm/nodes": "true"}
-    (container,) = spec["containers"]
-    told = {
-        "PET_NNODES": str(nodes),
-        "PET_MASTER_ADDR": f"{name}-{NODE}-0-0.{name}",
-        "PET_MASTER_PORT": str(PORT),
-    }
-    # JOB_COMPLETION_INDEX says the same, but the job's controller puts it last: "$(...)" would stay as it is.
-    rank = {"valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}}
-    variables = [
-        *({"name": key, "value": value} for key, value in told.items()),
-        {"name": "PET_NODE_RANK", **rank},
-    ]
-    spec["containers"] = [{**container, "env": [*container.get("env", ()), *variables]}]
-    spec["restartPolicy"] = "Never"
-    own = {key: value for key, value in labels.items() if not key.startswith("kueue.x-k8s.io/")}
-    return {
-        "apiVersion": f"{GROUP}/{VERSION}",
-        "kind": "JobSet",
-        # Kueue admits the set, not its pods one by one.
-        "metadata": {"name": name, "labels": labels},
-        "spec": {
-            "failurePolicy": {"maxRestarts": 0},
-            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "ttlSecondsAfterFinished": KEEP_SECONDS,
-            "replicatedJobs": [
-                {
-                    "name": NODE,
-                    "replicas": 1,
-                    "template": {
-                        "spec": {
-                            "completionMode": "Indexed",
-                            "completions": nodes,
-                            "parallelism": nodes,
-                            "backoffLimit": 0,
-                            "template": {
-                                "metadata": {"labels": own},
-                                "spec": spec,
-                            },
-                        }
-                    },
-                }
-            ],
-        },
-    }
-
-
-def rank_of(pod: V1Pod) -> str:
-    """Which of the set it is."""
-    return (pod.metadata.annotations or {}).get(INDEX, "")
-
-
-def _failed(pod: V1Pod) -> str:
-    for status in (pod.status.container_statuses or ()) if pod.status else ():
-        ended = status.state.terminated if status.state else None
-        if ended and ended.exit_code:
-            line = (ended.message or "").strip().partition("\n")[0]
-            return f"node {rank_of(pod)} ended with {ended.exit_code}: {ended.reason or ''} {line}".rstrip()
-    return ""
+def _noticed(ended: Ended) -> tuple[bool, bool, bool]:
+    """What to believe last: that another one is gone, that it was stopped, an end that says nothing."""
+    return GONE in ended.line, ended.exit_code == Terminated.exit_code, ended.exit_code not in TELLING

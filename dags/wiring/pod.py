@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import generic_api_retry
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.providers.cncf.kubernetes.pod_generator import PodGenerator
 from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
@@ -33,6 +35,9 @@ SECRETS = ("hllm-s3", "hllm-feast")
 """Credentials reach the command as environment, by reference: the pod's spec holds none."""
 
 KUEUE, KUEUE_VERSIONS = "kueue.x-k8s.io", ("v1beta2", "v1beta1")
+
+SLACK_SECONDS = 30
+"""What a pod may take to go, beyond `runner.grace_seconds`."""
 
 REFUSED_FOR_GOOD = {400, 404, 405, 422}
 """Answers of the Kubernetes API that asking again does not change. 403 is not one: full quotas say so too."""
@@ -82,6 +87,7 @@ class PodStep(KubernetesPodOperator):
             log_pod_spec_on_failure=False,
             **kwargs,
         )
+        self.grace_seconds = runner.grace_seconds
         self.command = list(command)
         self.environment = environment
         self.on_result = on_result
@@ -126,6 +132,33 @@ class PodStep(KubernetesPodOperator):
                 f"{self.namespace} (runner.pod.queue, or queue in [runner.steps.{self.task_id}]): {there}"
             )
 
+    def get_or_create_pod(self, pod_request_obj: V1Pod, context: Context) -> V1Pod:
+        """Not one that is being deleted, as when the task was cleared: it ends, and would take this try
+        along."""
+        for pod in self.await_end(lambda: self._being_deleted(context)):
+            self.patch_already_checked(pod, reraise=False)
+        return super().get_or_create_pod(pod_request_obj, context)
+
+    @generic_api_retry
+    def _being_deleted(self, context: Context) -> list[V1Pod]:
+        found = self.hook.core_v1_client.list_namespaced_pod(
+            self.namespace, label_selector=self._build_find_pod_label_selector(context)
+        ).items
+        return [pod for pod in found if pod.metadata.deletion_timestamp]
+
+    def await_end(self, left: Callable[[], list[V1Pod]]) -> list[V1Pod]:
+        """Wait for pods that were asked to go: they may write a last checkpoint, where the next will write.
+        What is left in the end is on a node that nobody hears of."""
+        deadline = time.monotonic() + self.grace_seconds + SLACK_SECONDS
+        while pods := left():
+            names = ", ".join(pod.metadata.name for pod in pods)
+            if time.monotonic() > deadline:
+                self.log.warning("Goes on, though %s should have ended long ago", names)
+                return pods
+            self.log.info("Waits for the end of %s", names)
+            time.sleep(self.poll_interval)
+        return []
+
     def _leave(self, context: Context, problem: Exception) -> None:
         """For people and for whoever follows the run; no task reads it."""
         context["ti"].xcom_push("ended", {"exit_code": InfraError.exit_code, "line": str(problem)})
@@ -152,7 +185,10 @@ class PodStep(KubernetesPodOperator):
         except AirflowException as error:
             # The operator's own account of it has a stack trace; ours comes from `self.pod`.
             self.log.debug("%s", error)
-        ended = ended_of(self.pod, self.task_id)
+        self._conclude(context, event)
+
+    def _conclude(self, context: Context, event: Mapping[str, Any]) -> None:
+        ended = self._ended()
         if ended is None:
             without = self._without_an_end(event)
             self._leave(context, without)
@@ -163,6 +199,9 @@ class PodStep(KubernetesPodOperator):
             raise failure(self.command, ended)
         if self.on_result:
             self.on_result(context, ended.result)
+
+    def _ended(self) -> Ended | None:
+        return ended_of(self.pod, self.task_id)
 
     def _without_an_end(self, event: Mapping[str, Any]) -> AirflowException:
         """Its command never started, or nobody can say how it ended."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +39,7 @@ class Pushed(dict[str, Any]):
     """A task instance that keeps what is pushed."""
 
     dag_id, task_id, map_index, try_number = "hllm_train", "", -1, 1
-    start_date = datetime(2026, 11, 23, tzinfo=timezone.utc)  # noqa: UP017
+    start_date = datetime(2026, 11, 23, tzinfo=UTC)
 
     def xcom_push(self, key: str, value: object) -> None:
         self[key] = value
@@ -197,6 +197,43 @@ def test_a_task_that_starts_again_finds_its_pod(dags: dict[str, Any]) -> None:
         step.execute(context)
     assert deferred.value.trigger.pod_name == "hllm-x"
     api.create_namespaced_pod.assert_not_called()
+
+
+def test_a_pod_that_is_being_deleted_is_waited_for_and_not_taken_up(dags: dict[str, Any]) -> None:
+    """As after a running task was cleared: it would end with 143, and cost the new try."""
+    step = dags["hllm_train"].task_dict["train-hllm-1"]
+    ending = pod_that(k8s.V1ContainerState(running=k8s.V1ContainerStateRunning()), phase="Running")
+    ending.metadata.labels = {"try_number": "1"}
+    ending.metadata.deletion_timestamp = datetime(2026, 11, 23, tzinfo=UTC)
+    api = cluster(step)
+    there, gone = SimpleNamespace(items=[ending]), SimpleNamespace(items=[])
+    api.list_namespaced_pod.side_effect = [there, there, gone, gone]
+    with pytest.raises(TaskDeferred):
+        step.execute(context_of(step))
+    api.create_namespaced_pod.assert_called_once()
+    assert api.list_namespaced_pod.call_count == 4
+
+
+def test_one_on_a_lost_node_is_not_waited_for_forever(
+    dags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = dags["hllm_train"].task_dict["train-hllm-1"]
+    ending = pod_that(k8s.V1ContainerState(running=k8s.V1ContainerStateRunning()), phase="Running")
+    ending.metadata.deletion_timestamp = datetime(2026, 11, 23, tzinfo=UTC)
+    api = cluster(step)
+
+    def pods(namespace: str, label_selector: str) -> SimpleNamespace:
+        checked = api.patch_namespaced_pod.called and "already_checked!=True" in label_selector
+        return SimpleNamespace(items=[] if checked else [ending])
+
+    slept = [0.0]
+    monkeypatch.setattr("time.sleep", lambda seconds: slept.append(slept[-1] + seconds))
+    monkeypatch.setattr("time.monotonic", lambda: slept[-1])
+    api.list_namespaced_pod.side_effect = pods
+    with pytest.raises(TaskDeferred):
+        step.execute(context_of(step))
+    api.create_namespaced_pod.assert_called_once()
+    assert 300 < slept[-1] < 400
 
 
 def pod_that(state: k8s.V1ContainerState | None = None, phase: str = "Failed", **status: Any) -> k8s.V1Pod:

@@ -65,6 +65,7 @@ def test_airflow_may_run_pods_and_nothing_more(manifests: list[Manifest]):
         return subprocess.run([KUBECTL, *asked], capture_output=True, text=True).stdout.strip() == "yes"
 
     granted = ["create jobsets.jobset.x-k8s.io", "delete jobsets.jobset.x-k8s.io"]
+    granted += ["get jobsets.jobset.x-k8s.io"]
     granted += ["create pods", "delete pods", "get pods", "list pods", "patch pods", "get pods/log"]
     for each in [*granted, "list events", "watch events"]:
         assert may("hllm-airflow", *each.split()), each

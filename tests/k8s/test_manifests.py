@@ -67,7 +67,7 @@ def test_airflow_may_do_what_the_pod_operator_needs_and_nothing_else(name: str):
     }
     pods = {("", "pods", verb) for verb in ("create", "delete", "get", "list", "patch")}
     events = {("", "events", "list"), ("", "events", "watch")}
-    sets = {("jobset.x-k8s.io", "jobsets", verb) for verb in ("create", "delete")}
+    sets = {("jobset.x-k8s.io", "jobsets", verb) for verb in ("create", "delete", "get")}
     queues = {("kueue.x-k8s.io", "localqueues", "list")}
     assert granted == {*pods, *events, *sets, *queues, ("", "pods/log", "get")}
     (binding,) = of_kind("RoleBinding", manifests).values()

@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import hllm
 from hllm.errors import ConfigError, DataError, HLLMError, InfraError
 from hllm.objects import (
     abandon_uploads,
@@ -72,15 +73,32 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
         try:
-            return cls(**json.loads((folder / MANIFEST).read_text("utf-8")))
+            return cls.parse((folder / MANIFEST).read_bytes(), folder / MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (json.JSONDecodeError, TypeError) as error:
+
+    @classmethod
+    def parse(cls, content: bytes, where: object) -> Manifest:
+        """What `content` says; `where` it was found.
+
+        Raises:
+            DataError: it is no manifest, or holds what only a newer version knows.
+        """
+        try:
+            values = dict(json.loads(content))
+            unknown = sorted(set(values) - {known.name for known in fields(cls)})
+            if not unknown:
+                return cls(**values)
+        except (ValueError, TypeError) as error:
             raise DataError(
-                f"is damaged: {error}",
-                where=folder / MANIFEST,
-                remedy="Delete the folder and run the step again.",
+                f"is damaged: {error}", where=where, remedy="Delete the folder and run the step again."
             ) from None
+        raise DataError(
+            f"was written by a newer HLLM ({values.get('code_version')}; this is {hllm.__version__})",
+            where=where,
+            examples=unknown,
+            remedy="Install that version here too, or choose another run.root.",
+        )
 
 
 def digest_of(value: Any) -> str:
@@ -165,9 +183,7 @@ class Store:
         folder = self.folder(step, key)
         found = Manifest.read(folder)
         if found is None and self.remote:
-            body = read_object(f"{self.location(step, key)}/{MANIFEST}")
-            if body is not None:
-                found = Manifest(**json.loads(body))
+            found = _read_remote(f"{self.location(step, key)}/{MANIFEST}")
         return found
 
     def fetch(self, step: str, key: str) -> Path:
@@ -222,8 +238,7 @@ class Store:
                 place for place in list_objects(f"{self.root}/{step}/") if place.endswith(f"/{MANIFEST}")
             ]
             with ThreadPoolExecutor(8) as pool:  # there may be hundreds
-                bodies = list(pool.map(read_object, places))
-            found = [Manifest(**json.loads(body)) for body in bodies if body is not None]
+                found = [manifest for manifest in pool.map(_read_remote, places) if manifest]
         else:
             folders = [folder for folder in sorted((self.local / step).glob("*")) if folder.is_dir()]
             found = [manifest for manifest in map(Manifest.read, folders) if manifest]
@@ -259,6 +274,11 @@ class Store:
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
             file.flush()
             yield
+
+
+def _read_remote(location: str) -> Manifest | None:
+    content = read_object(location)
+    return None if content is None else Manifest.parse(content, location)
 
 
 def user_name() -> str:

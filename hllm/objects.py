@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import io
 import os
+import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -89,51 +91,74 @@ def _client(whole: bool, process: int, aws: tuple[tuple[str, str], ...]) -> Any:
 
 
 @contextmanager
-def s3_errors(location: str) -> Iterator[None]:
-    """S3's many exceptions as the few that matter: a setting is wrong, no such object, or try again."""
-    from boto3.exceptions import Boto3Error
+def s3_errors(location: str, setting: str = "") -> Iterator[None]:
+    """S3's many exceptions as the few that matter: a setting is wrong, no such object, or try again.
+
+    `setting`: which one names the location, where that is not plain.
+    """
+    from boto3.exceptions import Boto3Error, S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, SSLError
 
+    where = f"{setting} = {location}" if setting else location
     try:
-        yield
+        try:
+            yield
+        except S3UploadFailedError as error:
+            # boto3 tells the reason of a file that was refused in words only: the error itself is behind it.
+            raise (error.__context__ if isinstance(error.__context__, ClientError) else error) from None
     except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        if code == "NoSuchBucket":
+        said = error.response.get("Error", {})
+        code = said.get("Code", "")
+        bucket = said.get("BucketName") or (split_s3(location)[0] if is_s3(location) else "")
+        if code == "NoSuchBucket" or (code == "404" and not _bucket_exists(bucket)):
             raise ConfigError(
-                f"the bucket {split_s3(location)[0]} does not exist",
-                where=location,
+                f"the bucket {bucket} does not exist" if bucket else "the bucket does not exist",
+                where=where,
                 remedy="Create it, or correct the setting that names it (and AWS_ENDPOINT_URL_S3).",
             ) from None
         if code in {"404", "NoSuchKey", "NotFound"}:
-            raise DataError("does not exist", where=location) from None
+            raise DataError("does not exist", where=where) from None
         if code in _REFUSED:
             raise InfraError(
-                f"access denied ({code})", where=location, remedy="Check the AWS credentials of this process."
+                f"access denied ({code})", where=where, remedy="Check the AWS credentials of this process."
             ) from None
         if code in {"412", "PreconditionFailed"}:
-            raise InfraError("was replaced while it was read", where=location) from None
-        raise InfraError(_one_line(error), where=location) from None
+            raise InfraError("was replaced while it was read", where=where) from None
+        raise InfraError(_one_line(error), where=where) from None
     except SSLError as error:
         raise ConfigError(
             f"the certificate is not accepted: {_one_line(error)}",
-            where=location,
+            where=where,
             remedy="Correct AWS_ENDPOINT_URL_S3, or name the authority's certificates in AWS_CA_BUNDLE.",
         ) from None
     except NoCredentialsError:
         raise ConfigError(
             "there are no AWS credentials",
-            where=location,
+            where=where,
             remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or whatever else the AWS SDK finds.",
         ) from None
     except (BotoCoreError, Boto3Error) as error:
         raise InfraError(
             _one_line(error),
-            where=location,
+            where=where,
             remedy="Check AWS_ENDPOINT_URL_S3; retrying helps when the network failed.",
         ) from None
 
 
 _REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+
+
+def _bucket_exists(bucket: str) -> bool:
+    """Asked where a HEAD found nothing: it has no body to say whether the bucket was missing or the key."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        s3_client().head_bucket(Bucket=bucket)
+    except ClientError as error:
+        return error.response.get("Error", {}).get("Code") != "404"
+    except BotoCoreError:  # it cannot be told
+        pass
+    return True
 
 
 def _one_line(error: Exception) -> str:
@@ -171,7 +196,8 @@ def download(location: str, path: Path, client: Any = None, digest: str = "") ->
     bucket, key = split_s3(location)
     client = client or s3_client()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
+    # Another process may fetch the same file into the same cache.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         for _ in range(2):
             with s3_errors(location):
@@ -198,10 +224,43 @@ def read_object(location: str, client: Any = None) -> bytes | None:
     bucket, key = split_s3(location)
     try:
         with s3_errors(location):
-            content: bytes = (client or s3_client()).get_object(Bucket=bucket, Key=key)["Body"].read()
-            return content
+            return _whole(client or s3_client(), bucket, key)
     except DataError:
         return None
+
+
+def _whole(client: Any, bucket: str, key: str, count: int | None = None, **asked: str) -> bytes:
+    """The body of an answer, all `count` bytes of it.
+
+    The SDK repeats a request that failed, but not the reading of an answer that broke off: that is done here,
+    as often and after the same waits.
+    """
+    from botocore.exceptions import (
+        FlexibleChecksumError,
+        IncompleteReadError,
+        ReadTimeoutError,
+        ResponseStreamingError,
+    )
+
+    broke_off = (FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            answer = client.get_object(Bucket=bucket, Key=key, **asked)
+            if asked.get("IfMatch", answer["ETag"]) != answer["ETag"]:  # stores that do not heed it
+                raise InfraError("was replaced while it was read", where=f"s3://{bucket}/{key}")
+            content: bytes = answer["Body"].read()
+            if count is None or len(content) == count:
+                return content
+            broken: Exception = IncompleteReadError(actual_bytes=len(content), expected_bytes=count)
+        except broke_off as error:
+            broken = error
+        if attempt < ATTEMPTS:
+            _wait(attempt)
+    raise broken
+
+
+def _wait(attempt: int) -> None:
+    time.sleep(secrets.SystemRandom().uniform(0, 2 ** (attempt - 1)))
 
 
 def head_object(location: str, client: Any = None) -> Mapping[str, Any]:
@@ -295,20 +354,6 @@ class _Ranges(io.RawIOBase):
         return b"".join(found)
 
     def _fetch(self, start: int, count: int) -> bytes:
-        """The SDK repeats a request that failed, but not the reading of an answer that broke off."""
-        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
-
         asked = {"Range": f"bytes={start}-{start + count - 1}", "IfMatch": self._tag}
         with s3_errors(self._location):
-            for attempt in range(ATTEMPTS):
-                try:
-                    answer = self._client.get_object(Bucket=self._bucket, Key=self._key, **asked)
-                    if answer["ETag"] != self._tag:  # stores that do not heed IfMatch
-                        raise InfraError("was replaced while it was read", where=self._location)
-                    content: bytes = answer["Body"].read()
-                    if len(content) == count:
-                        return content
-                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                    if attempt == ATTEMPTS - 1:
-                        raise
-        raise InfraError(f"only {len(content)} of {count} bytes came", where=self._location)
+            return _whole(self._client, self._bucket, self._key, count, **asked)

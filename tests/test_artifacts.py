@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from hllm.artifacts import (
     write_atomically,
 )
 from hllm.errors import DataError, InfraError
+from hllm.objects import is_s3, write_object
+from tests.conftest import S3
 
 HOLD = """
 import sys
@@ -44,12 +48,37 @@ def test_without_a_manifest_there_is_no_output(tmp_path: Path) -> None:
     assert store.fetch("ingest", "k") == folder
 
 
-def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
-    folder = Store(str(tmp_path)).folder("ingest", "k")
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"step": "ing')
-    with pytest.raises(DataError, match="is damaged"):
-        Store(str(tmp_path)).manifest("ingest", "k")
+@pytest.fixture(params=["folder", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where outputs lie: in a folder, or in S3 with nothing of it here."""
+    if request.param == "folder":
+        return str(tmp_path / "runs")
+    s3: S3 = request.getfixturevalue("s3")
+    return s3.bucket(f"artifacts-{tmp_path.name.replace('_', '-').lower()}")
+
+
+def leave_manifest(root: str, content: bytes) -> None:
+    if is_s3(root):
+        write_object(f"{root}/ingest/k/manifest.json", content)
+    else:
+        write_atomically(Path(root, "ingest", "k", "manifest.json"), content)
+
+
+@pytest.mark.parametrize(
+    "look", [lambda store: store.manifest("ingest", "k"), lambda store: store.finished("ingest")]
+)
+def test_a_damaged_manifest_is_named(root: str, look: Callable[[Store], object]) -> None:
+    for damaged in (b'{"step": "ing', b'{"step": "ingest"}', b"[1, 2]", b"\xff"):
+        leave_manifest(root, damaged)
+        with pytest.raises(DataError, match=r"ingest/k/manifest\.json: is damaged"):
+            look(Store(root))
+
+
+def test_a_manifest_of_a_newer_version_is_no_damage(root: str) -> None:
+    newer = json.loads(manifest().content) | {"code_version": "9.1", "licences": {}}
+    leave_manifest(root, json.dumps(newer).encode())
+    with pytest.raises(DataError, match=r"written by a newer HLLM \(9\.1; this is .*'licences'"):
+        Store(root).manifest("ingest", "k")
 
 
 def test_finished_outputs_come_oldest_first(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hllm import objects
-from hllm.artifacts import Manifest, Store, digest_of
+from hllm.artifacts import Manifest, Store, digest_of, fingerprint
 from hllm.errors import ConfigError, DataError, InfraError
 from tests.conftest import S3, serve_s3_as_another
 from tests.faulty import Fault, Proxy, faulty
@@ -29,8 +31,9 @@ def parts_of_5_mib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between attempts, that is: botocore draws its waits from here."""
+    """Between attempts, that is: botocore draws its waits from here, and we draw ours."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+    monkeypatch.setattr(objects, "_wait", lambda *_: None)
 
 
 @pytest.fixture
@@ -193,6 +196,33 @@ def test_only_the_ranges_that_are_read_are_fetched(
         assert file.read() == LARGE
 
 
+def test_a_small_object_is_read_again_where_its_answer_broke_off(
+    s3: S3, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = f"{s3.bucket('objects-small')}/manifest.json"
+    objects.write_object(location, LARGE[: 1 << 16])
+    waits: list[int] = []
+    monkeypatch.setattr(objects, "_wait", waits.append)
+    proxy.faults = [Fault("truncate", times=3, after=100, method="GET")]
+    assert objects.read_object(location) == LARGE[: 1 << 16]
+    assert waits == [1, 2, 3]
+    proxy.faults = [Fault("truncate", times=99, after=100, method="GET")]
+    with pytest.raises(InfraError, match=r"manifest\.json: "):
+        objects.read_object(location)
+    assert proxy.seen == 3 + objects.ATTEMPTS
+    assert waits == [1, 2, 3, 1, 2, 3, 4, 5]
+
+
+def test_waits_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    for attempt in (1, 2, 5):
+        for _ in range(50):
+            objects._wait(attempt)
+    assert len(set(slept)) > 100
+    assert max(slept[:50]) <= 1 < max(slept[50:100]) <= 2 < max(slept[100:]) <= 16
+
+
 def test_an_object_that_changes_while_it_is_read_is_an_error(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +249,53 @@ def test_a_bucket_that_does_not_exist_is_a_setting_to_correct(s3: S3) -> None:
     with pytest.raises(ConfigError, match="the bucket no-such-bucket does not exist") as error:
         Store("s3://no-such-bucket/runs").manifest("ingest", "k")
     assert "Create it" in str(error.value)
+
+
+def test_whatever_a_missing_bucket_is_asked_for_it_is_named(s3: S3, tmp_path: Path) -> None:
+    """A HEAD has no body that would say so, and boto3 hides why an upload was refused."""
+    location = "s3://no-such-bucket/log.parquet"
+    for ask in (
+        lambda: objects.head_object(location),
+        lambda: fingerprint(location),
+        lambda: objects.download(location, tmp_path / "log.parquet"),
+        lambda: objects.upload(large(tmp_path), location),
+        lambda: objects.write_object(location, b""),
+    ):
+        with pytest.raises(ConfigError, match=r"log\.parquet: the bucket no-such-bucket does not exist"):
+            ask()
+    bucket = s3.bucket("objects-there")
+    with pytest.raises(DataError, match=r"objects-there/log\.parquet: does not exist"):
+        fingerprint(f"{bucket}/log.parquet")
+
+
+def test_an_upload_with_the_wrong_password_says_so(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3.bucket("objects-refused")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(InfraError, match=r"large\.bin: access denied \(SignatureDoesNotMatch\)"):
+        objects.upload(large(tmp_path), f"{bucket}/large.bin")
+
+
+def test_two_processes_may_fetch_the_same_file_into_one_cache(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have it before either moves it to its place."""
+    location = f"{s3.bucket('objects-shared')}/large.bin"
+    objects.upload(large(tmp_path), location)
+    both, digest_file = threading.Barrier(2, timeout=20), objects._digest_file
+
+    def together(path: Path) -> str:
+        both.wait()
+        return digest_file(path)
+
+    monkeypatch.setattr(objects, "_digest_file", together)
+    target, digest = tmp_path / "cache" / "large.bin", hashlib.sha256(LARGE).hexdigest()
+    with ThreadPoolExecutor(2) as pool:
+        fetched = [pool.submit(objects.download, location, target, digest=digest) for _ in range(2)]
+        assert [done.result() for done in fetched] == [target, target]
+    assert target.read_bytes() == LARGE
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_without_credentials_it_says_so(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

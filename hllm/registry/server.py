@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hllm.errors import ConfigError, InfraError
-from hllm.objects import is_s3
+from hllm.objects import is_s3, s3_errors
 from hllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def local_lock(uri: str) -> Iterator[None]:
 
 @contextmanager
 def mlflow_errors(settings: Settings) -> Iterator[None]:
-    """MLflow's exceptions as the two that matter: you can fix it (ConfigError), or try again (InfraError)."""
+    """MLflow's exceptions, and those of the S3 that keeps its files, as the two that matter: you can fix it
+    (ConfigError), or try again (InfraError)."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -157,6 +158,13 @@ def mlflow_errors(settings: Settings) -> Iterator[None]:
         raise InfraError(
             f"MLflow failed: {str(error).splitlines()[0][:300]}", where=uri, remedy=_REMEDY
         ) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in {"boto3", "botocore"}:
+            raise
+        # A server may keep files in S3 whatever our own setting says.
+        root = settings.mlflow.artifact_root
+        with s3_errors(root if is_s3(root) else uri, "mlflow.artifact_root" if is_s3(root) else ""):
+            raise
 
 
 _REMEDY = (

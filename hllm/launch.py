@@ -15,9 +15,9 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from hllm.errors import HLLMError, Terminated
-from hllm.processes import GONE, told
-from hllm.settings import Settings
+from hllm.errors import HLLMError, InfraError, Terminated
+from hllm.processes import GONE, mortal, told
+from hllm.settings import Runner, Settings
 
 TELLING = (64, 65, 66, 75)
 """Exit codes that say what happened; the other processes then die of it in their own ways."""
@@ -50,13 +50,15 @@ def machines(environ: dict[str, str] | os._Environ[str] = os.environ) -> int:
     return int(text.rpartition(":")[2])
 
 
-def run(count: int, argv: Sequence[str], grace_seconds: int) -> None:
+def run(count: int, argv: Sequence[str], runner: Runner) -> None:
     """`python -m hllm.cli ARGV` in `count` processes of this machine, until all have ended well.
 
     Raises:
+        InfraError: another machine did not come, or was lost while they met.
         ProcessFailed: with the exit code of the one that failed first.
         Terminated: SIGTERM came; the processes have written their checkpoint.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -70,13 +72,14 @@ def run(count: int, argv: Sequence[str], grace_seconds: int) -> None:
         program = ["-m", "hllm.cli", *argv]
         arguments = [
             f"--nproc-per-node={count}",
-            f"--shutdown-timeout={grace_seconds}",
-            *_meeting_place(),
+            f"--shutdown-timeout={runner.grace_seconds}",
+            *_meeting_place(round(runner.start_minutes * 60)),
             *program,
         ]
         try:
             config, command, rest = config_from_args(get_args_parser().parse_args(arguments))
-            elastic_launch(config, command)(*rest)
+            with mortal():  # until torchrun listens itself
+                elastic_launch(config, command)(*rest)
         except ChildFailedError as error:
             said = {rank: _last_line(Path(f"{folder}/last.{rank}")) for rank in error.failures}
             rank, failure = min(
@@ -95,6 +98,12 @@ def run(count: int, argv: Sequence[str], grace_seconds: int) -> None:
             raise ProcessFailed(f"process {rank} of {count}: {message}", exit_code) from None
         except SignalException:
             raise Terminated from None
+        except DistError as error:
+            why = str(error).partition("\n")[0]
+            raise InfraError(
+                f"the {machines()} machines of this step did not meet: {why}",
+                remedy="Each waits runner.start_minutes for the others; the missing one's own log says why.",
+            ) from error
         finally:
             del os.environ["HLLM_LAUNCHED"], os.environ["HLLM_TERMINATION_LOG"]
             if leave is not None:
@@ -106,12 +115,14 @@ def _last_line(left: Path) -> str:
     return left.read_text("utf-8").partition("\n")[0] if left.exists() else ""
 
 
-def _meeting_place() -> list[str]:
+def _meeting_place(patience_seconds: int) -> list[str]:
     if machines() == 1:
         return ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
+    patience = f"--rdzv-conf=timeout={patience_seconds}"
     if "PET_NNODES" in os.environ:
-        return []  # torchrun reads these by itself
+        return [patience]  # torchrun reads the rest by itself
     return [
+        patience,
         f"--nnodes={os.environ['WORLD_SIZE']}",
         f"--node-rank={os.environ.get('RANK', '0')}",
         f"--master-addr={os.environ.get('MASTER_ADDR', '127.0.0.1')}",

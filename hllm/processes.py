@@ -75,7 +75,7 @@ def joined(alone_too: bool = False) -> Iterator[Place]:
         found = Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         if cuda:
             torch.cuda.set_device(found.local_rank % torch.cuda.device_count())
-        with _mortal():
+        with mortal():
             dist.init_process_group(backend, timeout=PATIENCE)
     else:
         found = Place()
@@ -103,7 +103,7 @@ def _of_another(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def _mortal() -> Iterator[None]:
+def mortal() -> Iterator[None]:
     """SIGTERM ends the process at once: waiting for one that never comes, it would not hear of it otherwise,
     and there is nothing to save yet."""
     if threading.current_thread() is not threading.main_thread():

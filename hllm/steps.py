@@ -365,7 +365,7 @@ def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[s
     limit_threads(settings)
     count = launch.wanted(settings) if step.shared and argv is not None else 0
     if argv is not None and count:
-        launch.run(count, argv, settings.runner.grace_seconds)
+        launch.run(count, argv, settings.runner)
         return Outcome(_finished(store, name, key), reused=False)
     with processes.joined(alone_too=name.startswith("train-") and settings.train.zero > 0) as place:
         if place.first:

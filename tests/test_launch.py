@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,11 @@ import pytest
 from safetensors.torch import load_file
 
 from hllm.artifacts import Manifest
-from hllm.launch import machines, wanted
-from hllm.settings import Settings
+from hllm.errors import InfraError
+from hllm.launch import machines, run, wanted
+from hllm.settings import Runner, Settings
 from hllm.steps import steps
+from tests.conftest import free_port
 from tests.test_pipeline import World, latest
 from tests.world import TinySource, run_steps
 
@@ -130,3 +137,47 @@ def test_a_process_that_torchrun_has_started_starts_no_others(monkeypatch: pytes
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert wanted(settings) == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [
+        ("0", {"PET_NNODES": "2", "PET_NODE_RANK": "{rank}", "PET_MASTER_ADDR": "127.0.0.1"}),
+        ("1", {"WORLD_SIZE": "2", "RANK": "{rank}", "MASTER_ADDR": "127.0.0.1"}),
+    ],
+)
+def test_a_machine_that_never_comes_is_worth_another_try(
+    rank: str, told: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {**told, "PET_MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value.format(rank=rank))
+    monkeypatch.setenv("MASTER_PORT", os.environ["PET_MASTER_PORT"])
+    began, handler = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InfraError, match="the 2 machines of this step did not meet") as raised:
+        run(1, ["train"], Runner(start_minutes=0.02))
+    assert time.monotonic() - began < 30, "it does not wait for torchrun's quarter of an hour"
+    assert "\n" not in raised.value.first_line
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_whoever_waits_for_another_machine_hears_sigterm():
+    program = (
+        "import signal; from hllm.cli import terminate; signal.signal(signal.SIGTERM, terminate);"
+        "from hllm.launch import run; from hllm.settings import Runner; run(1, ['train'], Runner())"
+    )
+    port = free_port()
+    first = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}
+    told = {**os.environ, **first, "PET_MASTER_PORT": str(port)}
+    waiting = subprocess.Popen([sys.executable, "-c", program], env=told)
+    try:
+        while True:
+            assert waiting.poll() is None
+            with socket.socket() as asking:
+                if asking.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        waiting.terminate()
+        assert waiting.wait(30) == -signal.SIGTERM
+    finally:
+        waiting.kill()
+        waiting.wait()

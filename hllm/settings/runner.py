@@ -53,7 +53,8 @@ class Runner(Section):
     queue_hours: float = Field(24.0, gt=0)
     """How long a pod may wait for room (a GPU, its turn in the queue) before its task fails."""
     start_minutes: float = Field(20.0, gt=0)
-    """How long a pod that has its node may take to start, pulling its image included."""
+    """How long a pod that has its node may take to start, pulling its image included; and how long machines
+    that share a step wait for each other."""
     grace_seconds: int = Field(300, ge=1)
     """Seconds from SIGTERM to SIGKILL: time for one unit of work and a checkpoint."""
     log_seconds: int = Field(15, ge=1)

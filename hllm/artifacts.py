@@ -61,7 +61,7 @@ class Manifest:
     schema: dict[str, dict[str, str]] = field(default_factory=dict)
     """File -> column -> type, of every Parquet file; of an array, its type and shape."""
     usage: dict[str, float] = field(default_factory=dict)
-    """What making it took: `cpu_seconds`, `gpu_seconds`, `peak_memory_mb`; of the try that finished it."""
+    """What making it took, by the names of `hllm.costs`; of the try that finished it."""
 
     @property
     def content(self) -> bytes:

@@ -56,13 +56,13 @@ def plan(settings: Settings) -> None:
         typer.echo(f"unknown: {problem}")
 
 
-def _expectation(settings: Settings, expected: list[tuple[float, float]], unknown: list[str]) -> str:
+def _expectation(settings: Settings, expected: list[tuple[float, float, float]], unknown: list[str]) -> str:
     """What the steps that are to do may cost, as far as earlier runs tell."""
-    seconds, gpu_seconds = (sum(parts) for parts in zip(*expected, strict=True))
+    seconds, machine_seconds, gpu_seconds = (sum(parts) for parts in zip(*expected, strict=True))
     said = f"to do: about {seconds:.0f} s"
     if gpu_seconds:
         said += f", {gpu_seconds / 3600:.2f} GPU hours"
-    if cost := costs.price(settings.report, seconds, gpu_seconds):
+    if cost := costs.price(settings.report, machine_seconds, gpu_seconds):
         said += f", {cost:.4f} {settings.report.currency}"
     said += ", by the newest earlier run of each step"
     return said + (f"; never run here: {', '.join(unknown)}" if unknown else "")

@@ -41,6 +41,7 @@ def test_a_meter_measures_what_was_done_since() -> None:
         ({"NVIDIA_VISIBLE_DEVICES": "void"}, 0),
         ({"NVIDIA_VISIBLE_DEVICES": "GPU-1,GPU-2"}, 2),
         ({"NVIDIA_VISIBLE_DEVICES": "0,1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, 8),
+        ({"NVIDIA_VISIBLE_DEVICES": "0,1", "WORLD_SIZE": "2", "RANK": "0"}, 2),
     ],
 )
 def test_gpus_are_those_that_nobody_else_can_use(
@@ -67,6 +68,19 @@ def test_a_gpu_hour_has_a_price_of_its_own() -> None:
     }
 
 
+def test_several_machines_cost_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = costs.Meter()
+    monkeypatch.setattr(costs.Meter, "seconds", 1800.0)
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    taken = manifest("train-hllm-1", 1800, meter.usage())
+    before = manifest("prepare", 1800, {})  # by an HLLM that did not count machines
+    report = Report(price_per_hour=0.5)
+    assert costs.cost(report, taken) == pytest.approx(4 * 0.25)
+    assert costs.total(report, [before, taken])["cost"] == pytest.approx(5 * 0.25)
+    assert costs.total(report, [before, taken])["seconds"] == 3600
+
+
 def test_the_plan_says_what_may_be_expected(
     tiny_settings: TinySettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,13 +89,13 @@ def test_the_plan_says_what_may_be_expected(
     store = Store(settings.run.root)
     store.finish(manifest("ingest", 100.0, {}, key="older", day=1))
     store.finish(manifest("ingest", 20.0, {}, day=2))
-    store.finish(manifest("train-hllm-1", 40.0, {costs.GPU: 80.0}, steps=100))
+    store.finish(manifest("train-hllm-1", 40.0, {costs.GPU: 80.0, costs.MACHINES: 80.0}, steps=100))
     plan(settings)
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert "about 20 s" in lines["ingest"]
     assert "about 160 s" in lines["train-hllm-1"], "four times the steps"
-    # 180 s of a machine, 320 of a GPU
-    assert lines["to"].startswith("to do: about 180 s, 0.09 GPU hours, 0.3167 USD")
+    # 20 s of one machine, 160 of two, 320 of a GPU
+    assert lines["to"].startswith("to do: about 180 s, 0.09 GPU hours, 0.3611 USD")
     assert "never run here: validate, prepare" in lines["to"]
 
 

@@ -68,8 +68,8 @@ class Runner(Section):
 
 class Report(Section):
     price_per_hour: float = Field(0.10, ge=0)
-    """What an hour of the machine costs, for the cost of each step (0.10 is about two cloud CPU cores); 0
-    leaves it out."""
+    """What an hour of a machine costs, for the cost of each step on all of its machines (0.10 is about two
+    cloud CPU cores); 0 leaves it out."""
     price_per_gpu_hour: float = Field(0.0, ge=0)
     """What an hour of one GPU costs, on top of `price_per_hour`, from when a step has it until it gives it
     back."""

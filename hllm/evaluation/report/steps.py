@@ -70,7 +70,7 @@ def cost_table(settings: Settings, manifests: Mapping[str, Manifest]) -> dict[st
             "share": manifest.seconds / whole["seconds"] if whole["seconds"] else 0.0,
             "cpu": _number(manifest.usage.get(costs.CPU)),
             "gpu": _number(manifest.usage.get(costs.GPU)),
-            "cost": f"{costs.price(report, manifest.seconds, manifest.usage.get(costs.GPU, 0.0)):.4f}",
+            "cost": f"{costs.cost(report, manifest):.4f}",
             "memory": _number(manifest.usage.get(costs.MEMORY)),
             "what": _facts(manifest),
         }

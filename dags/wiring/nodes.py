@@ -112,6 +112,8 @@ class NodesStep(PodStep):
         """The first pod's end; if that is no good one, the end of the pod that it began with. The others only
         notice: they say so, or the set's controller takes them away."""
         own = super()._ended()
+        if own is None and self.pod is not None:  # it never started: the others wait for it
+            return None
         if own is not None and not own.exit_code:
             return own
         ends = {"0": own} if own else {}
@@ -119,11 +121,9 @@ class NodesStep(PodStep):
         if not ends:
             return None
         rank = min(ends, key=lambda one: (*_noticed(ends[one]), one))
-        line = ends[rank].line if rank == "0" else f"node {rank}: {ends[rank].line}"
-        others = [
-            f"node {one} ended with {end.exit_code}: {end.line}" for one, end in ends.items() if one != rank
-        ]
-        return Ended(ends[rank].exit_code, "; ".join((line, *others)))
+        ended = ends.pop(rank)
+        line = ended.line if rank == "0" else f"node {rank}: {ended.line}"
+        return Ended(ended.exit_code, line + _named(ends))
 
     def _others_that_failed(self) -> dict[str, Ended]:
         try:
@@ -138,7 +138,9 @@ class NodesStep(PodStep):
 
     def _without_an_end(self, event: Mapping[str, Any]) -> AirflowException:
         if event["name"]:
-            return super()._without_an_end(event)
+            others = _named(self._others_that_failed())
+            problem = super()._without_an_end(event)
+            return type(problem)(f"{problem}{others}")
         final = AirflowFailException if event["status"] == "timeout" else AirflowException
         return final(
             f"hllm {' '.join(self.command)}: JobSet {self.namespace}/{self.jobset_name} "
@@ -160,6 +162,10 @@ class NodesStep(PodStep):
         except ApiException as error:
             if error.status != 404:
                 raise
+
+
+def _named(ends: Mapping[str, Ended]) -> str:
+    return "".join(f"; node {rank} ended with {end.exit_code}: {end.line}" for rank, end in ends.items())
 
 
 def _noticed(ended: Ended) -> tuple[bool, bool, bool]:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import ClientError
+from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import generic_api_retry
 from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.triggers.base import TriggerEvent
 from kubernetes_asyncio import client
@@ -57,6 +58,7 @@ class SetTrigger(PodTrigger):
         async for event in super().run():
             yield event
 
+    @generic_api_retry
     async def on_kill(self) -> None:
         if self._fired_event:
             return

@@ -262,6 +262,16 @@ def test_a_first_pod_that_only_noticed_does_not_hide_the_reason(
     assert str(raised.value).endswith(wanted)
 
 
+def test_a_first_pod_that_cannot_start_is_the_reason_that_the_others_waited_in_vain(step: NodesStep) -> None:
+    why = k8s.V1ContainerStateWaiting(reason="ErrImagePull", message="hllm:nope: not found")
+    pod = pod_that(k8s.V1ContainerState(waiting=why), phase="Pending")
+    set_of(step, pod, pod_that(terminated(75, "the 2 machines of this step did not meet\n")))
+    with pytest.raises(AirflowException) as raised:
+        ends(step, "error")
+    assert "could not start or finish: ErrImagePull: hllm:nope: not found; node 1 ended" in str(raised.value)
+    deleted(step).assert_called()
+
+
 def test_a_first_pod_whose_other_was_lost_is_tried_again(step: NodesStep) -> None:
     set_of(step, None, pod_that(terminated(143, "stopped by SIGTERM\n")))
     with pytest.raises(AirflowException, match="ended with 143: node 1: stopped by SIGTERM") as raised:

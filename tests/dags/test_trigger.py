@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
+from urllib.parse import unquote_plus
 
 import pytest
 from aiohttp import ClientConnectionError
@@ -111,6 +115,39 @@ class Cluster:
         return payload
 
 
+@pytest.fixture
+def wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wiring.trigger.SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(KubernetesPodTrigger, "run", followed)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def kubeconfig(server: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "one", "user": "nobody"}}],
+        "clusters": [{"name": "one", "cluster": {"server": server}}],
+        "users": [{"name": "nobody", "user": {"token": "none"}}],
+    }
+
+
+def named(name: str, rank: str) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "annotations": {"batch.kubernetes.io/job-completion-index": rank}},
+    }
+
+
 async def followed(self: KubernetesPodTrigger) -> AsyncIterator[TriggerEvent]:
     yield TriggerEvent({"status": "success", "name": self.pod_name})
 
@@ -136,6 +173,56 @@ def warning(message: str, minute: int) -> SimpleNamespace:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(monkeypatch)
+
+
+@pytest.mark.usefixtures("wait_for_nobody")
+def test_its_questions_are_those_of_the_api() -> None:
+    """A server that answers them over HTTP: nothing yet, then trouble, then a pod."""
+    asked: list[str] = []
+    pods = iter([(200, []), (503, []), (200, [named("set-node-0-0-abcde", "0")])])
+
+    class Api(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            kind = self.path.partition("?")[0].rpartition("/")[2]
+            status, items = next(pods) if kind == "pods" else (200, [])
+            body = json.dumps({"items": items}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    with serving(Api) as server:
+        trigger = SetTrigger(
+            pod_name="",
+            pod_namespace="hllm",
+            trigger_start_time=datetime.now(UTC),
+            base_container_name="base",
+            poll_interval=0.01,
+            config_dict=kubeconfig(server),
+            trigger_kwargs={"jobset": "set"},
+        )
+
+        async def events() -> list[TriggerEvent]:
+            found = [event async for event in trigger.run()]
+            await trigger.on_kill()
+            return found
+
+        (event,) = asyncio.run(events())
+    assert event.payload["name"] == "set-node-0-0-abcde"
+    core, sets = "/api/v1/namespaces/hllm", "/apis/jobset.x-k8s.io/v1alpha2/namespaces/hllm/jobsets/set"
+    listed = f"GET {core}/pods?labelSelector=jobset.sigs.k8s.io/jobset-name in (set)"
+    warned = f"GET {core}/events?fieldSelector=type=Warning,involvedObject.name=set"
+    assert [unquote_plus(one) for one in asked] == [
+        *(listed, f"GET {sets}", warned, f"{warned}-node-0"),
+        *(listed, listed),
+        f"DELETE {sets}?propagationPolicy=Background",
+    ]
 
 
 def test_it_waits_for_the_first_pod_of_the_set_and_follows_it(cluster: Cluster) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import hllm
+from hllm.claims import Claim, claimed
 from hllm.errors import ConfigError, DataError, HLLMError, InfraError
 from hllm.objects import (
     abandon_uploads,
@@ -137,6 +138,7 @@ class Store:
             self.local = cache or Path.home() / ".cache" / "hllm" / digest_of(self.root)
         else:
             self.local = Path(self.root).absolute()
+        self._claim: Claim | None = None
 
     def folder(self, step: str, key: str) -> Path:
         """The local folder of an output, whether it is finished or not."""
@@ -154,6 +156,18 @@ class Store:
         """Remove what scratch there is in S3."""
         if self.remote:
             delete_objects(list_objects(f"{self.work_location(step, key)}/"))
+
+    def tidy(self, step: str, key: str) -> None:
+        """Remove the scratch in S3 of a process that was killed after it had finished the output. One
+        listing, where there is none."""
+        if not self.remote or not list_objects(f"{self.work_location(step, key)}/"):
+            return
+        try:
+            with self.lock(step, key):  # or it is of one that makes the output anew
+                if _read_remote(f"{self.location(step, key)}/{MANIFEST}"):
+                    self.clear_work(step, key)
+        except HLLMError as error:  # no reason to stop: the output is whole
+            print(f"warning: checkpoints stay: {error.first_line}", file=sys.stderr)
 
     def forget(self, step: str, key: str) -> None:
         """Remove an output, its manifest first: from then on it is not done."""
@@ -210,8 +224,14 @@ class Store:
 
     def finish(self, manifest: Manifest, carried: Collection[str] = ()) -> None:
         """Publish a finished folder: in S3 every file first (but those carried there before), the manifest
-        last."""
+        last.
+
+        Raises:
+            InfraError: the lock on the output was lost to another process.
+        """
         folder = self.folder(manifest.step, manifest.key)
+        if self._claim:
+            self._claim.require()
         if self.remote:
             location = self.location(manifest.step, manifest.key)
             client = s3_client()
@@ -246,7 +266,12 @@ class Store:
 
     @contextmanager
     def lock(self, step: str, key: str) -> Iterator[None]:
-        """One process at a time per output; the lock dies with its process."""
+        """One process at a time per output, of this machine and, in S3, of all. The lock dies with its
+        process: in a folder at once, in S3 after `hllm.claims.STALE_SECONDS`.
+
+        Raises:
+            InfraError: another process is writing this output.
+        """
         import fcntl
 
         folder = self.local / step
@@ -271,9 +296,17 @@ class Store:
                 ) from None
             file.truncate(0)
             since = datetime.now(UTC).isoformat(timespec="seconds")
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+            who = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+            file.write(who)
             file.flush()
-            yield
+            if not self.remote:
+                yield
+                return
+            with claimed(f"{self.root}/{step}/.{key}.lock", who) as self._claim:
+                try:
+                    yield
+                finally:
+                    self._claim = None
 
 
 def _read_remote(location: str) -> Manifest | None:

@@ -30,7 +30,7 @@ from hllm.artifacts import (
     write_atomically,
 )
 from hllm.costs import Meter
-from hllm.errors import ConfigError, DataError, Terminated
+from hllm.errors import ConfigError, DataError, InfraError, Terminated
 from hllm.settings import Settings
 
 
@@ -353,6 +353,8 @@ def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[s
     store, key = Store(settings.run.root), all_keys[name]
     done = store.manifest(name, key)
     if done and not force:
+        if name.startswith("train-"):  # the only steps that keep anything in S3 before they are finished
+            store.tidy(name, key)
         return Outcome(done, reused=True)
     for need in step.needs:
         if store.manifest(need, all_keys[need]) is None:
@@ -384,6 +386,8 @@ def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, s
 
     name, key = step.name, all_keys[step.name]
     with store.lock(name, key):
+        if not force and (done := store.manifest(name, key)):  # while this one waited for the lock
+            return _reused_by_all(done, store)
         inputs = _fetch(step, store, all_keys)
         output = store.folder(name, key)
         if force:
@@ -414,6 +418,16 @@ def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, s
         store.finish(manifest, context.carried)
         store.clear_work(name, key)
     return Outcome(manifest, reused=False)
+
+
+def _reused_by_all(done: Manifest, store: Store) -> Outcome:
+    """What another process has finished meanwhile. Several processes are working at it already: they end, and
+    the next try finds it."""
+    if processes.place().size > 1:
+        raise InfraError(
+            "another process has finished this output meanwhile", where=store.location(done.step, done.key)
+        )
+    return Outcome(done, reused=True)
 
 
 def _fetch(step: Step, store: Store, all_keys: Mapping[str, str]) -> dict[str, Path]:

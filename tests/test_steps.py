@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from hllm.artifacts import Store
+from hllm.artifacts import Manifest, Store, digest_of
+from hllm.claims import claimed
 from hllm.cli import app
 from hllm.errors import ConfigError, DataError
+from hllm.objects import list_objects, write_object
 from hllm.plan import plan
 from hllm.settings import Settings
 from hllm.steps import execute, keys, pipeline_key, settings_of, steps
+from tests.conftest import S3
 from tests.world import TinySource, run_steps, write_tiny_source
 
 TinySettings = Callable[..., Settings]
@@ -102,6 +107,40 @@ def test_a_step_runs_once_and_is_reused(tiny_settings: TinySettings, tiny_source
     again = execute("ingest", settings, force=True)
     assert not again.reused
     assert again.manifest.digest == first.manifest.digest
+
+
+def test_a_step_that_another_machine_finishes_meanwhile_is_reused(
+    tiny_settings: TinySettings, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two DAGs start the same step in the same minute."""
+    monkeypatch.setattr("hllm.claims.BEAT_SECONDS", 5.0)
+    settings = tiny_settings(**{"run.root": s3.bucket("steps-meanwhile")})
+    key = keys(settings)["ingest"]
+    other = Store(settings.run.root, cache=tmp_path / "elsewhere")
+    made = Manifest("ingest", key, "s", "0", "2026-01-01T00:00:00", 1.0, digest_of({}))
+    with ThreadPoolExecutor(1) as pool:
+        with claimed(f"{settings.run.root}/ingest/.{key}.lock", "process 7 on another machine"):
+            late = pool.submit(execute, "ingest", settings)
+            time.sleep(1)  # it has looked, found no output, and waits
+            other.folder("ingest", key).mkdir(parents=True)
+            other.finish(made)
+        outcome = late.result(30)
+    assert outcome.reused
+    assert outcome.manifest == made
+
+
+def test_checkpoints_that_outlived_their_step_go_when_it_is_reused(
+    tiny_settings: TinySettings, s3: S3
+) -> None:
+    settings = tiny_settings(**{"run.root": s3.bucket("steps-tidy")})
+    key, store = keys(settings)["train-hllm-1"], Store(settings.run.root)
+    store.folder("train-hllm-1", key).mkdir(parents=True)
+    store.finish(Manifest("train-hllm-1", key, "s", "0", "2026-01-01T00:00:00", 1.0, digest_of({})))
+    left = f"{store.work_location('train-hllm-1', key)}/step-9/numbers.json"
+    write_object(left, b"{}")
+    assert execute("train-hllm-1", settings).reused
+    assert left not in list_objects(f"{settings.run.root}/")
+    assert store.manifest("train-hllm-1", key)
 
 
 def test_a_step_without_its_input_says_what_to_run(tiny_settings: TinySettings) -> None:

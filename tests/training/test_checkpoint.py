@@ -115,6 +115,7 @@ def test_a_killed_training_continues_on_another_machine_and_ends_bit_for_bit_the
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
 
     monkeypatch.setenv("HOME", str(tmp_path / "another-machine"))
+    monkeypatch.setattr("hllm.claims.STALE_SECONDS", 2.0)  # the dead one's lock
     continued = run_steps(remote, "train-hllm-1")
     assert "train-hllm-1: continues from step 4 of 8" in capsys.readouterr().out
     assert "another-machine" in str(continued)

@@ -14,13 +14,14 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from hllm.errors import HLLMError, InfraError
-from hllm.objects import delete_objects, read_object, s3_client, s3_errors, split_s3, write_object
+from hllm.objects import delete_objects, read_object, s3_client, s3_errors, split_s3
 
 BEAT_SECONDS = 15.0
 """A claim is refreshed as often: how long it takes to know that its process lives."""
@@ -35,7 +36,7 @@ class Claim:
         self.location, self._content = location, who.encode()
         self._folder = location.rpartition("/")[0]
         self._one = threading.Lock()
-        self._refreshed = time.monotonic()
+        self._refreshed = datetime.min.replace(tzinfo=UTC)  # by the store's clock
         self._lost = False
 
     def require(self) -> None:
@@ -93,26 +94,34 @@ class Claim:
             before = self._refreshed
             self._put()
             # So late, somebody may have thrown the old one away and hold now.
-            if self._refreshed - before > STALE_SECONDS * 0.9 and self._others():
+            late = self._refreshed - before > timedelta(seconds=STALE_SECONDS * 0.9)
+            if late and self._others():
                 self._lost = True
                 delete_objects([self.location])
 
     def _put(self) -> None:
-        write_object(self.location, self._content)
-        self._refreshed = time.monotonic()
+        bucket, key = split_s3(self.location)
+        with s3_errors(self.location):
+            answer = s3_client().put_object(Bucket=bucket, Key=key, Body=self._content)
+        self._refreshed = _now(answer)
 
     def _others(self) -> dict[str, datetime]:
         """Claims of processes that live, and when they were refreshed; those of others are removed."""
         bucket, prefix = split_s3(f"{self._folder}/")
         with s3_errors(self._folder):
             answer = s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix)
-        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+        now = _now(answer)
         found = {f"s3://{bucket}/{each['Key']}": each["LastModified"] for each in answer.get("Contents", ())}
         found.pop(self.location, None)
         gone = {each for each, at in found.items() if now - at > timedelta(seconds=STALE_SECONDS)}
         delete_objects(gone)
         return {each: at for each, at in found.items() if each not in gone}
+
+
+def _now(answer: Mapping[str, Any]) -> datetime:
+    """By the store's clock: ours may be wrong, and may have stood still with a machine that was suspended."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ HOLD = """
 import sys
 from hllm import claims
 from hllm.artifacts import Store
-claims.BEAT_SECONDS, claims.STALE_SECONDS = 1.0, 4.0
+claims.BEAT_SECONDS, claims.STALE_SECONDS = 1.0, 6.0
 with Store(sys.argv[1]).lock("ingest", "k"):
     print("held", flush=True)
     sys.stdin.read()
@@ -36,7 +37,7 @@ with Store(sys.argv[1]).lock("ingest", "k"):
 def _in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store's clock counts whole ones."""
     monkeypatch.setattr(claims, "BEAT_SECONDS", 1.0)
-    monkeypatch.setattr(claims, "STALE_SECONDS", 4.0)
+    monkeypatch.setattr(claims, "STALE_SECONDS", 6.0)
 
 
 @contextmanager
@@ -113,12 +114,12 @@ def test_who_gave_no_sign_of_life_publishes_only_what_nobody_took_over(s3: S3) -
     manifest = Manifest("ingest", "k", "s", "0", "2026-01-01T00:00:00", 1.0, digest_of({}))
     with store.lock("ingest", "k"):
         assert store._claim
-        store._claim._refreshed -= 1000
+        store._claim._refreshed -= timedelta(seconds=1000)
         store.finish(manifest)
     store.forget("ingest", "k")
     with store.lock("ingest", "k"):
         assert store._claim
-        store._claim._refreshed -= 1000
+        store._claim._refreshed -= timedelta(seconds=1000)
         write_object(f"{root}/ingest/.k.lock/another", b"process 7 on another machine")
         with pytest.raises(InfraError, match="took this output over"):
             store.finish(manifest)

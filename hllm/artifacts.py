@@ -231,7 +231,7 @@ class Store:
         """
         folder = self.folder(manifest.step, manifest.key)
         if self._claim:
-            self._claim.require()
+            self._claim.require()  # before others' uploads are thrown away
         if self.remote:
             location = self.location(manifest.step, manifest.key)
             client = s3_client()
@@ -247,6 +247,8 @@ class Store:
                 ]
                 for done in sent:
                     done.result()
+            if self._claim:
+                self._claim.require()
             write_object(f"{location}/{MANIFEST}", manifest.content, client)
         # Here at the very last: a local manifest says "done" to the next run, which would not send anything.
         manifest.write(folder)

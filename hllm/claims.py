@@ -40,12 +40,13 @@ class Claim:
         self._lost = False
 
     def require(self) -> None:
-        """Before the last write, which others will believe.
+        """Before writes that others will believe, or that end theirs.
 
         Raises:
             InfraError: others have taken this process for dead, and one of them writes now.
         """
-        self._refresh()
+        if not self._lost:
+            self._refresh()
         if self._lost:
             raise InfraError(
                 "another process took this output over: this one gave no sign of life for "
@@ -65,7 +66,7 @@ class Claim:
         while True:
             others = self._others()
             if not others:
-                self._put()
+                self._refreshed = self._put()
                 if not self._others():
                     return
                 delete_objects([self.location])  # somebody came at the same time, and withdraws too
@@ -91,19 +92,19 @@ class Claim:
 
     def _refresh(self) -> None:
         with self._one:
-            before = self._refreshed
-            self._put()
+            now = self._put()
             # So late, somebody may have thrown the old one away and hold now.
-            late = self._refreshed - before > timedelta(seconds=STALE_SECONDS * 0.9)
+            late = now - self._refreshed > timedelta(seconds=STALE_SECONDS * 0.9)
             if late and self._others():
                 self._lost = True
                 delete_objects([self.location])
+            self._refreshed = now
 
-    def _put(self) -> None:
+    def _put(self) -> datetime:
         bucket, key = split_s3(self.location)
         with s3_errors(self.location):
             answer = s3_client().put_object(Bucket=bucket, Key=key, Body=self._content)
-        self._refreshed = _now(answer)
+        return _now(answer)
 
     def _others(self) -> dict[str, datetime]:
         """Claims of processes that live, and when they were refreshed; those of others are removed."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hllm import claims
-from hllm.artifacts import Manifest, Store, digest_of
+from hllm.artifacts import Manifest, Store, digest_of, file_digests
 from hllm.claims import claimed
 from hllm.errors import InfraError
 from hllm.objects import list_objects, write_object
@@ -121,9 +121,31 @@ def test_who_gave_no_sign_of_life_publishes_only_what_nobody_took_over(s3: S3) -
         assert store._claim
         store._claim._refreshed -= timedelta(seconds=1000)
         write_object(f"{root}/ingest/.k.lock/another", b"process 7 on another machine")
-        with pytest.raises(InfraError, match="took this output over"):
-            store.finish(manifest)
+        for _ in range(2):
+            with pytest.raises(InfraError, match="took this output over"):
+                store.finish(manifest)
+            assert list_objects(f"{root}/ingest/.k.lock/") == [f"{root}/ingest/.k.lock/another"]
     assert list_objects(f"{root}/") == [f"{root}/ingest/.k.lock/another"]
+
+
+def test_what_is_taken_over_while_it_is_sent_is_not_published(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = s3.bucket("claims-sent")
+    store = Store(root)
+    store.folder("ingest", "k").mkdir(parents=True)
+    (store.folder("ingest", "k") / "items.parquet").write_bytes(b"rows")
+    files = file_digests(store.folder("ingest", "k"))
+
+    def suspended(*_: object) -> None:
+        assert store._claim
+        store._claim._refreshed -= timedelta(seconds=1000)
+        write_object(f"{root}/ingest/.k.lock/another", b"process 7 on another machine")
+
+    monkeypatch.setattr("hllm.artifacts.upload", suspended)
+    with store.lock("ingest", "k"), pytest.raises(InfraError, match="took this output over"):
+        store.finish(Manifest("ingest", "k", "s", "0", "2026-01-01", 1.0, digest_of(files), files=files))
+    assert store.manifest("ingest", "k") is None
 
 
 def test_scratch_of_a_process_that_was_killed_after_it_had_finished_goes(s3: S3, tmp_path: Path) -> None:

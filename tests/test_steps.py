@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from hllm.artifacts import Manifest, Store, digest_of
 from hllm.claims import claimed
 from hllm.cli import app
-from hllm.errors import ConfigError, DataError
+from hllm.errors import ConfigError, DataError, InfraError
 from hllm.objects import list_objects, write_object
 from hllm.plan import plan
+from hllm.processes import Place
 from hllm.settings import Settings
-from hllm.steps import execute, keys, pipeline_key, settings_of, steps
+from hllm.steps import _lead, execute, keys, pipeline_key, settings_of, steps
 from tests.conftest import S3
 from tests.world import TinySource, run_steps, write_tiny_source
 
@@ -127,6 +128,17 @@ def test_a_step_that_another_machine_finishes_meanwhile_is_reused(
         outcome = late.result(30)
     assert outcome.reused
     assert outcome.manifest == made
+
+
+def test_several_processes_that_come_too_late_end_and_try_again(
+    tiny_settings: TinySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first alone cannot leave: the others are computing already."""
+    settings = tiny_settings()
+    run_steps(settings, "ingest")
+    monkeypatch.setattr("hllm.processes._place", Place(rank=0, size=2))
+    with pytest.raises(InfraError, match="another process has finished this output meanwhile"):
+        _lead(steps(settings)["ingest"], settings, Store(settings.run.root), keys(settings), force=False)
 
 
 def test_checkpoints_that_outlived_their_step_go_when_it_is_reused(

@@ -23,9 +23,9 @@ from typing import Any
 from hllm.errors import HLLMError, InfraError
 from hllm.objects import delete_objects, read_object, s3_client, s3_errors, split_s3
 
-BEAT_SECONDS = 15.0
+BEAT_SECONDS = 10.0
 """A claim is refreshed as often: how long it takes to know that its process lives."""
-STALE_SECONDS = 90.0
+STALE_SECONDS = 60.0
 """How long it takes to know that its process is gone."""
 
 

@@ -114,7 +114,7 @@ def test_a_step_that_another_machine_finishes_meanwhile_is_reused(
     tiny_settings: TinySettings, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two DAGs start the same step in the same minute."""
-    monkeypatch.setattr("hllm.claims.BEAT_SECONDS", 5.0)
+    monkeypatch.setattr("hllm.claims.BEAT_SECONDS", 10.0)
     settings = tiny_settings(**{"run.root": s3.bucket("steps-meanwhile")})
     key = keys(settings)["ingest"]
     other = Store(settings.run.root, cache=tmp_path / "elsewhere")

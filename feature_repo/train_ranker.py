@@ -1,6 +1,6 @@
 """From nothing to a trained ranker: labelled events, a point-in-time join, two models, one ranked request.
 
-    hllm -c configs/experiments/movielens-100k-ranking.toml rank     # names its output folder: .../rank/KEY
+    hllm rank -c configs/experiments/movielens-100k-ranking.toml     # names its output folder: .../rank/KEY
     python feature_repo/train_ranker.py .../rank/KEY
 
 The folder holds `impressions.parquet` (user_id, item_id, event_timestamp, label, part: train, valid or test)

@@ -160,9 +160,11 @@ class Store:
     def tidy(self, step: str, key: str) -> None:
         """Remove the scratch in S3 of a process that was killed after it had finished the output. One
         listing, where there is none."""
-        if not self.remote or not list_objects(f"{self.work_location(step, key)}/"):
+        if not self.remote:
             return
         try:
+            if not list_objects(f"{self.work_location(step, key)}/"):
+                return
             with self.lock(step, key):  # or it is of one that makes the output anew
                 if _read_remote(f"{self.location(step, key)}/{MANIFEST}"):
                     self.clear_work(step, key)

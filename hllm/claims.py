@@ -46,7 +46,7 @@ class Claim:
             InfraError: others have taken this process for dead, and one of them writes now.
         """
         if not self._lost:
-            self._refresh()
+            self._refresh(look=True)
         if self._lost:
             raise InfraError(
                 "another process took this output over: this one gave no sign of life for "
@@ -89,13 +89,15 @@ class Claim:
         while not (over.wait(BEAT_SECONDS) or self._lost):
             with contextlib.suppress(HLLMError):  # the store is away: again after the next wait
                 self._refresh()
+        if self._lost:
+            print(f"{self._folder}: another process took this output over: end this one", file=sys.stderr)
 
-    def _refresh(self) -> None:
+    def _refresh(self, look: bool = False) -> None:
         with self._one:
             now = self._put()
             # So late, somebody may have thrown the old one away and hold now.
             late = now - self._refreshed > timedelta(seconds=STALE_SECONDS * 0.9)
-            if late and self._others():
+            if (late or look) and self._others():
                 self._lost = True
                 delete_objects([self.location])
             self._refreshed = now

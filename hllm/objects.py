@@ -244,10 +244,10 @@ def _whole(client: Any, bucket: str, key: str, count: int | None = None, **asked
 
     broke_off = (FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
     for attempt in range(1, ATTEMPTS + 1):
+        answer = client.get_object(Bucket=bucket, Key=key, **asked)
+        if asked.get("IfMatch", answer["ETag"]) != answer["ETag"]:  # stores that do not heed it
+            raise InfraError("was replaced while it was read", where=f"s3://{bucket}/{key}")
         try:
-            answer = client.get_object(Bucket=bucket, Key=key, **asked)
-            if asked.get("IfMatch", answer["ETag"]) != answer["ETag"]:  # stores that do not heed it
-                raise InfraError("was replaced while it was read", where=f"s3://{bucket}/{key}")
             content: bytes = answer["Body"].read()
             if count is None or len(content) == count:
                 return content

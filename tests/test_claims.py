@@ -121,8 +121,8 @@ def test_who_gave_no_sign_of_life_publishes_only_what_nobody_took_over(s3: S3) -
     store.forget("ingest", "k")
     with store.lock("ingest", "k"):
         assert store._claim
-        store._claim._refreshed -= timedelta(seconds=1000)
         write_object(f"{root}/ingest/.k.lock/another", b"process 7 on another machine")
+        store._claim._refreshed -= timedelta(seconds=1000)
         for _ in range(2):
             with pytest.raises(InfraError, match="took this output over"):
                 store.finish(manifest)
@@ -141,8 +141,8 @@ def test_what_is_taken_over_while_it_is_sent_is_not_published(
 
     def suspended(*_: object) -> None:
         assert store._claim
-        store._claim._refreshed -= timedelta(seconds=1000)
         write_object(f"{root}/ingest/.k.lock/another", b"process 7 on another machine")
+        store._claim._refreshed -= timedelta(seconds=1000)
 
     monkeypatch.setattr("hllm.artifacts.upload", suspended)
     with store.lock("ingest", "k"), pytest.raises(InfraError, match="took this output over"):

@@ -111,7 +111,11 @@ def test_a_step_runs_once_and_is_reused(tiny_settings: TinySettings, tiny_source
 
 
 def test_a_step_that_another_machine_finishes_meanwhile_is_reused(
-    tiny_settings: TinySettings, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_settings: TinySettings,
+    s3: S3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two DAGs start the same step in the same minute."""
     monkeypatch.setattr("hllm.claims.BEAT_SECONDS", 10.0)
@@ -122,7 +126,9 @@ def test_a_step_that_another_machine_finishes_meanwhile_is_reused(
     with ThreadPoolExecutor(1) as pool:
         with claimed(f"{settings.run.root}/ingest/.{key}.lock", "process 7 on another machine"):
             late = pool.submit(execute, "ingest", settings)
-            time.sleep(1)  # it has looked, found no output, and waits
+            while "waiting to see" not in capsys.readouterr().err:  # it has looked, and found no output
+                assert not late.done()
+                time.sleep(0.05)
             other.folder("ingest", key).mkdir(parents=True)
             other.finish(made)
         outcome = late.result(30)

@@ -43,6 +43,7 @@ class NodesStep(PodStep):
         self._end_earlier(names[:-1])
         name = names[-1]  # a scheduler that starts again finds the set that it had made
         pod = ApiClient().sanitize_for_serialization(self.build_pod_request_obj(context))
+        self._found({"jobset": name})  # whoever ends the task from here on ends the set
         try:
             self.hook.custom_object_client.create_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, PLURAL, jobset(name, pod, self.nodes)
@@ -55,11 +56,15 @@ class NodesStep(PodStep):
                 ) from None
             if error.status != 409:  # this try's own, from before a restart
                 raise
-        self._found({"jobset": name})
         self.log.info("JobSet %s/%s: %s pods", self.namespace, name, self.nodes)
         self.pod = V1Pod(metadata=V1ObjectMeta(name="", namespace=self.namespace))  # its trigger will find it
         try:
             self.invoke_defer_method(context=context)
+        except TaskDeferred:
+            raise
+        except BaseException:
+            self._delete_set()
+            raise
         finally:
             self.pod = None
 

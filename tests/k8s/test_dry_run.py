@@ -21,9 +21,10 @@ pytestmark = [
 
 @pytest.fixture(params=OVERLAYS)
 def manifests(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Manifest]]:
-    """One overlay, moved into a namespace that exists for this test only."""
-    overlay = os.path.relpath(K8S / "overlays" / request.param, tmp_path)
-    moved = {"namespace": f"hllm-test-{uuid.uuid4().hex[:8]}", "resources": [overlay]}
+    """One overlay and the services, moved into a namespace that exists for this test only."""
+    folders = (K8S / "overlays" / request.param, K8S / "services")
+    resources = [os.path.relpath(folder, tmp_path) for folder in folders]
+    moved = {"namespace": f"hllm-test-{uuid.uuid4().hex[:8]}", "resources": resources}
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(moved))
     rendered = render(tmp_path)
     (namespace,) = [each for each in rendered if each["kind"] == "Namespace"]

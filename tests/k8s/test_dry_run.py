@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cluster.jobsets import defined
 from tests.k8s.world import K8S, KUBECTL, OVERLAYS, Manifest, kubectl, pods, render
 
 pytestmark = [
@@ -55,6 +56,7 @@ def test_the_server_accepts_the_pods_of_steps(name: str):
 
 
 def test_airflow_may_run_pods_and_nothing_more(manifests: list[Manifest]):
+    defined()  # or the server does not know what the right is for
     access = [each for each in manifests if each["kind"] in {"ServiceAccount", "Role", "RoleBinding"}]
     kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=yaml.safe_dump_all(access))
     namespace = access[0]["metadata"]["namespace"]

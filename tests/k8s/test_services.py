@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import free_port
-from tests.k8s.world import K8S, OVERLAYS, Manifest, of_kind, overlay, services, settings_of
+from tests.k8s.world import K8S, OVERLAYS, Manifest, locked_down, of_kind, overlay, services, settings_of
 from tests.services import serving
 
 PASSWORD = """it's "quoted" $HOME"""
@@ -23,20 +23,7 @@ SETS = of_kind("StatefulSet", services())
 @pytest.mark.parametrize("name", SETS)
 def test_the_restricted_profile_admits_its_pod(name: str):
     spec = SETS[name]["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    assert spec["serviceAccountName"] == "hllm-service"
-    assert spec["automountServiceAccountToken"] is False
-    assert spec["priorityClassName"] == "hllm-service"
-    assert spec["securityContext"]["runAsNonRoot"] is True
-    assert spec["securityContext"]["runAsUser"] == spec["securityContext"]["fsGroup"]
-    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
-    assert not any("hostPath" in volume for volume in spec.get("volumes", ()))
+    locked_down(spec, "hllm-service")
 
 
 @pytest.mark.parametrize("name", SETS)

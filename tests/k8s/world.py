@@ -75,3 +75,22 @@ def pods(name: str) -> dict[str, Manifest]:
         pod = ApiClient().sanitize_for_serialization(PodGenerator.reconcile_pods(template, own))
         found[step] = {"apiVersion": "v1", "kind": "Pod", **pod}
     return found
+
+
+def locked_down(spec: dict[str, Any], account: str) -> None:
+    """Of every pod: what the profile `restricted` asks for, and no token."""
+    (container,) = spec["containers"]
+    assert spec["serviceAccountName"] == spec["priorityClassName"] == account
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["enableServiceLinks"] is False
+    security = spec["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] > 0
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+    assert not any("hostPath" in volume for volume in spec.get("volumes", ()))

@@ -18,15 +18,27 @@ from hllm.settings.keys import all_keys, section_at
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted({*(REPOSITORY / "configs").glob("*.toml"), *(REPOSITORY / "configs").glob("*/*.toml")})
 """Settings files; deeper down lie comparisons (tests/comparison/test_file.py)."""
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-COMMANDS = sorted(typer.main.get_group(app).commands)  # type: ignore[attr-defined]
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "k8s/*.md", "benchmarks/*.md", "containers/*/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
+SOURCES = sorted(
+    path
+    for folder in ("hllm", "dags", "feature_repo", "configs", "k8s", "containers", "benchmarks")
+    for path in (REPOSITORY / folder).rglob("*")
+    if path.suffix in (".py", ".toml", ".yaml", ".html")
+)
+"""Where commands are named in docstrings, comments and error messages."""
+GROUP = typer.main.get_group(app)
+COMMANDS = sorted(GROUP.commands)  # type: ignore[attr-defined]
 SETTINGS = sorted(
     dotted for dotted in all_keys(Settings) if section_at(dotted) is None
 )
 
 
-def documents() -> str:
-    return "\n".join(path.read_text("utf-8") for path in DOCUMENTS)
+def relative(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,15 +47,76 @@ def test_every_command_is_in_the_readme(command: str):
     assert re.search(rf"\bhllm {command}\b", readme), f"README.md does not mention `hllm {command}`"
 
 
-def test_documents_mention_no_command_that_there_is_not():
-    """In code, that is: between backticks, or at the start of a line of a code block."""
-    mentioned = set(re.findall(r"(?:`|^\s*(?:\$ )?)hllm ([a-z]+)\b", documents(), re.MULTILINE))
-    assert mentioned <= set(COMMANDS)
+def commands(text: str) -> list[tuple[str, str]]:
+    """Command and what follows it, of `hllm ...` between backticks, at the start of a line, after another."""
+    quoted = re.findall(r"`hllm ([a-z]+)\b([^`]*)`", text)
+    text = text.replace("\\\n", " ")
+    lines = re.findall(r"(?:^(?:[ #$]|\w+=\S+ )*|&& |: )hllm ([a-z]+)\b(.*)", text, re.MULTILINE)
+    return quoted + [(name, re.split(r" # | && |[;|`]", rest)[0]) for name, rest in lines]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SOURCES], ids=relative)
+def test_commands_and_their_options_are_named_as_they_are(path: Path):
+    for name, rest in commands(path.read_text("utf-8")):
+        command = GROUP.commands.get(name)  # type: ignore[attr-defined]
+        assert command, f"there is no `hllm {name}`"
+        known = {"--help", *(option for parameter in command.params for option in parameter.opts)}
+        unknown = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) - known
+        assert not unknown, f"`hllm {name}` has no {', '.join(unknown)}"
+        for dotted in re.findall(r"--set ([\w.]+)=", rest):
+            assert dotted in SETTINGS, f"{dotted} is no setting"
+
+
+def test_commands_are_found_where_they_are_named():
+    found = [each for path in (*DOCUMENTS, *SOURCES) for each in commands(path.read_text("utf-8"))]
+    assert {name for name, _ in found} == set(COMMANDS)
+    assert any("--seed" in rest for _, rest in found)
+    assert any("--set data.path" in rest for _, rest in found)
+
+
+NO_SETTINGS = {"feast.feature_service"}
+"""Named like a setting: a tag that Feast's integration with MLflow reads."""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_documents_name_no_setting_that_there_is_not(path: Path):
+    """Dotted names between backticks that begin with a section, and variables of the environment."""
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    sections = "|".join(Settings.model_fields)
+    for quoted in re.findall(r"`([^`]+)`", text):
+        for dotted in re.findall(rf"(?<![\w/.*-])(?:{sections})(?:\.[\w*-]+)+", quoted):
+            file = re.search(r"\.(?:py|md|toml|json|txt|html)$", dotted)
+            if not file and "*" not in dotted and dotted not in NO_SETTINGS:
+                assert dotted in SETTINGS or section_at(dotted), f"{dotted} is no setting"
+    for variable in re.findall(r"HLLM__(\w+)", path.read_text("utf-8")):
+        assert variable.lower().replace("__", ".") in SETTINGS, f"HLLM__{variable} is no setting"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_links_lead_somewhere(path: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8")):
+        if "://" not in target:
+            name, _, heading = target.partition("#")
+            file = path.parent / name if name else path
+            assert file.exists(), target
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE) if heading else ()
+            anchors = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+            assert not heading or heading in anchors, target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_scripts_and_make_targets_of_documents_are_there(path: Path):
+    text = path.read_text("utf-8")
+    makefile = (REPOSITORY / "Makefile").read_text("utf-8")
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+        assert f"\n{target}:" in makefile, f"make {target}"
+    for script in re.findall(r"\b(?:python|pytest)3? (?:-\S+ )*([\w/.-]+\.py)\b", text):
+        assert (REPOSITORY / script).exists(), script
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_it_does(command: str):
-    described = typer.main.get_group(app).commands[command].help  # type: ignore[attr-defined]
+    described = GROUP.commands[command].help  # type: ignore[attr-defined]
     assert described
     assert described.strip().endswith(".")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from hllm.data.prepared import Prepared
 from hllm.embedding.histories import Floats, Histories, Ints, packed_histories
 from hllm.models.packing import inference_precision, on_device, ragged
 from hllm.models.users import DecoderUser
-from hllm.processes import total
+from hllm.processes import place, total
 
 CANDIDATES_AT_ONCE = 4_096
 """Bounds memory. A history with more candidates than this is encoded again for the next so many."""
@@ -31,13 +33,14 @@ def held_out_scores(
     asked_R: Ints,
     max_history: int,
     batch: int,
+    advance: Callable[[int], None] | None = None,
 ) -> Floats:
     """Row r: how probable it is that the user likes the item of event `position`, from the `max_history`
     events before it, asked at a moment of its own (seconds UTC): (R,), 0 to 1."""
     histories = Histories.before(prepared, users_R, positions_R, asked_R, max_history)
     candidates_R = np.asarray(prepared.event_items)[positions_R]
     return scores_of_candidates(
-        model, item_vectors_ID, histories, candidates_R, np.ones(len(histories), np.int64), batch
+        model, item_vectors_ID, histories, candidates_R, np.ones(len(histories), np.int64), batch, advance
     )
 
 
@@ -48,6 +51,7 @@ def scores_of_candidates(
     candidates_P: Ints,
     counts_R: Ints,
     batch: int,
+    advance: Callable[[int], None] | None = None,
 ) -> Floats:
     """Probabilities of candidates (item indices), `counts_R` of them for each history, one history after
     another: (P,), 0 to 1."""
@@ -78,6 +82,8 @@ def scores_of_candidates(
                     )
                 if mine:
                     scores_P[places[part]] = logits_P.sigmoid().float().cpu().numpy()
+            if advance:
+                advance(len(rows) * place().size)
     total(scores_P)
     return scores_P
 

@@ -26,11 +26,12 @@ def held_out_user_vectors(
     asked_R: Ints,
     max_history: int,
     batch: int,
+    advance: Callable[[int], None] | None = None,
 ) -> Floats:
     """Row r: the user's vector from the `max_history` events before an event, asked for at a moment of its
     own (seconds UTC): (R, D), unit length."""
     histories = Histories.before(prepared, users_R, positions_R, asked_R, max_history)
-    return vectors_of_histories(model, item_vectors_ID, histories, batch)
+    return vectors_of_histories(model, item_vectors_ID, histories, batch, advance)
 
 
 def vectors_of_histories(

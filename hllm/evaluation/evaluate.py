@@ -110,16 +110,18 @@ def held_out_vectors(
     items_ID = ItemVectors.open(context.inputs[f"embed-{family}-1"]).matrix()
     model = load_user_model(context.inputs[f"train-{label}"]).to(device())
     embed = context.settings.embed
-    users_RD = held_out_user_vectors(
-        model,
-        items_ID,
-        prepared,
-        held_out.users_R,
-        held_out.positions_R,
-        held_out.asked_R,
-        embed.max_history,
-        embed.users_per_batch,
-    )
+    with Progress(f"encode {label}", len(held_out), "event") as progress:
+        users_RD = held_out_user_vectors(
+            model,
+            items_ID,
+            prepared,
+            held_out.users_R,
+            held_out.positions_R,
+            held_out.asked_R,
+            embed.max_history,
+            embed.users_per_batch,
+            progress.advance,
+        )
     return np.asarray(users_RD), np.asarray(items_ID)
 
 
@@ -134,16 +136,18 @@ def labelled_scores(
     embed = context.settings.embed
     if not judges(model):
         return cosines(users_RD, items_ID, judged)
-    return held_out_scores(
-        cast("DecoderUser", model),
-        items_ID,
-        prepared,
-        judged.users_R,
-        judged.positions_R,
-        judged.asked_R,
-        embed.max_history,
-        embed.users_per_batch,
-    )
+    with Progress(f"judge {label}", len(judged), "event") as progress:
+        return held_out_scores(
+            cast("DecoderUser", model),
+            items_ID,
+            prepared,
+            judged.users_R,
+            judged.positions_R,
+            judged.asked_R,
+            embed.max_history,
+            embed.users_per_batch,
+            progress.advance,
+        )
 
 
 def evaluate_package(

@@ -88,7 +88,12 @@ def asked_of_package(judging: Judging) -> tuple[list[list[str]], list[list[int]]
 def test_the_deployed_model_gives_the_probabilities_that_were_evaluated(judging: Judging):
     model = load_user_model(judging.outputs["train-hllm-2"])
     users, positions, asked = held_out(judging)
-    expected = held_out_scores(model, judging.items, judging.prepared, users, positions, asked, 12, 7)
+    done: list[int] = []
+    expected = held_out_scores(
+        model, judging.items, judging.prepared, users, positions, asked, 12, 7, done.append
+    )
+    assert len(done) > 1
+    assert sum(done) == len(users)  # what the progress line counts
     histories, times, moments, candidates = asked_of_package(judging)
     found = np.concatenate(judging.package.scores(histories, candidates, times, moments))
     np.testing.assert_allclose(found, expected, atol=1e-5)

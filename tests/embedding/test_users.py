@@ -33,10 +33,13 @@ def test_a_vector_is_the_same_alone_and_in_any_company(parts, prepared: Prepared
     users, ends = prepared.held_out("test")
     asked = prepared.event_times[ends]
     together = held_out_user_vectors(model, items, prepared, users, ends, asked, 50, 256)
-    few = held_out_user_vectors(model, items, prepared, users, ends, asked, 50, 3)
+    done: list[int] = []
+    few = held_out_user_vectors(model, items, prepared, users, ends, asked, 50, 3, done.append)
     backwards = held_out_user_vectors(model, items, prepared, users[::-1], ends[::-1], asked[::-1], 50, 5)[
         ::-1
     ]
+    assert len(done) > 1
+    assert sum(done) == len(users)  # what the progress line counts
     np.testing.assert_allclose(few, together, atol=1e-5)
     np.testing.assert_allclose(backwards, together, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)

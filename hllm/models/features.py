@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.models.history import UNKNOWN_TIME
+from hllm.models.packing import on_device
 
 PARTS = ("year", "month", "day", "hour", "minute", "second")
 SIZES = (2100, 13, 32, 24, 60, 60)
@@ -57,9 +58,9 @@ class TimeEmbedding(nn.Module):
     def forward(self, times_T: npt.NDArray[np.int64]) -> Tensor:
         """(T,) seconds UTC -> (T, D); zeros where the time is unknown."""
         device = self.outer.weight.device
-        parts_TP = torch.from_numpy(calendar(times_T)).to(device)
+        parts_TP = on_device(calendar(times_T), device)
         parts = [table(parts_TP[:, part]) for part, table in enumerate(self.tables)]
-        known_T = torch.from_numpy(times_T != UNKNOWN_TIME).to(device)
+        known_T = on_device(times_T != UNKNOWN_TIME, device)
         return self.outer(F.silu(self.inner(torch.cat(parts, -1)))) * known_T[:, None]
 
 
@@ -89,7 +90,7 @@ class EventFeatures(nn.Module):
         if self.time:
             found.append(self.time(times_T))
         if self.items:
-            ids_T = torch.from_numpy(items_T).to(self.ids.device)
+            ids_T = on_device(items_T, self.ids.device)
             known_T = (ids_T >= 0) & (ids_T < self.items)
             found.append(self.ids[ids_T.where(known_T, 0)] * known_T[:, None])
         return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.models.history import UNKNOWN_TIME, History
-from hllm.models.packing import Packing
+from hllm.models.packing import Packing, on_device
 from hllm.models.users import counted_back
 
 BUCKETS = 129
@@ -31,15 +32,15 @@ class HSTUUser(nn.Module):
 
     def forward(self, vectors_TD: Tensor, history: History) -> Tensor:
         packing = history.packing
-        positions_T = counted_back(packing, self.max_history).to(vectors_TD.device)
+        positions_T = on_device(counted_back(packing, self.max_history), vectors_TD.device)
         hidden_TD = self.dropout(vectors_TD * self.input_scale + F.embedding(positions_T, self.positions))
-        buckets = [bucket_CLL.to(vectors_TD.device) for bucket_CLL in time_buckets(history)]
+        buckets = [on_device(bucket_CLL, vectors_TD.device) for bucket_CLL in time_buckets(history)]
         for block in self.blocks:
             hidden_TD = block(hidden_TD, packing, buckets)
         return F.normalize(hidden_TD, dim=-1)
 
 
-def time_buckets(history: History) -> list[Tensor]:
+def time_buckets(history: History) -> list[npt.NDArray[np.int64]]:
     """For each run of equal lengths (C, L, L): the bucket of the time from event j to the question that
     position i answers, which is the next event's time: floor(ln(max(|dt|, 1)) / 0.301), at most 128. Bucket 0
     where a time is unknown."""
@@ -52,7 +53,7 @@ def time_buckets(history: History) -> list[Tensor]:
         known_CLL = (asked_CL != UNKNOWN_TIME)[:, :, None] & (times_CL != UNKNOWN_TIME)[:, None, :]
         apart_CLL = np.where(known_CLL, asked_CL[:, :, None] - times_CL[:, None, :], 0)
         buckets_CLL = np.floor(np.log(np.maximum(np.abs(apart_CLL), 1)) / 0.301).clip(0, BUCKETS - 1)
-        found.append(torch.from_numpy(buckets_CLL.astype(np.int64)))
+        found.append(buckets_CLL.astype(np.int64))
     return found
 
 

@@ -121,7 +121,7 @@ class TextItems(nn.Module):
             group_G = np.arange(len(self.remembered))[group * READ_TOGETHER : (group + 1) * READ_TOGETHER]
             with torch.no_grad(), inference_precision(self.words.device):
                 self.remembered[torch.from_numpy(group_G)] = self._read(group_G).cpu()
-        return self.remembered[torch.from_numpy(items_K)].to(self.words.device)
+        return on_device(self.remembered.numpy()[items_K], self.words.device)
 
     def _read(self, items_K: Items) -> Tensor:
         lengths = self.token_offsets[items_K + 1] - self.token_offsets[items_K]

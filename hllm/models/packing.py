@@ -82,7 +82,7 @@ class Packing:
 def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """An array as a tensor there. The GPU fetches it by itself: this process does not wait."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hllm.models.history import UNKNOWN_ITEM, History
-from hllm.models.packing import Packing, attend
+from hllm.models.packing import Packing, attend, on_device
 
 # T events of all histories, S histories, P probes, X = T + P positions, H heads, K heads of keys and values,
 # G queries per key head, E width of a head; in a run of alike histories C histories of L events with N probes
@@ -107,7 +107,7 @@ class ProbedPacking:
 
     @cached_property
     def reads(self) -> Tensor:
-        return torch.from_numpy(self.probes.reads_P).to(self.device)
+        return on_device(self.probes.reads_P, self.device)
 
     def attend(
         self,

@@ -14,7 +14,7 @@ from hllm.models.backbone import word_vectors
 from hllm.models.features import EventFeatures
 from hllm.models.fusion import EarlyFusion, LateFusion
 from hllm.models.history import UNKNOWN_ITEM, History
-from hllm.models.packing import Packing, attend, run_packed
+from hllm.models.packing import Packing, attend, on_device, run_packed
 from hllm.models.probes import ProbedPacking, Probes
 
 # T events of all histories one after another, S histories, P candidates, D vector width, I width inside the
@@ -99,7 +99,7 @@ class DecoderUser(nn.Module):
             probes = Probes.after(history.packing, after_Q[question_P], items_P, asked_Q[question_P])
             return self.judge(vectors_TD, history, candidates_PD, probes)[1]
         users_QD = self.user_token_vectors(vectors_TD, history, after_Q, asked_Q)
-        return self.late_fusion(users_QD[torch.from_numpy(question_P).to(users_QD.device)], candidates_PD)
+        return self.late_fusion(users_QD[on_device(question_P, users_QD.device)], candidates_PD)
 
     def user_token_vectors(
         self,
@@ -196,21 +196,21 @@ class SASRecUser(nn.Module):
     def forward(self, vectors_TD: Tensor, history: History) -> Tensor:
         """(T, D) -> (T, D), unit length."""
         packing = history.packing
-        positions_T = counted_back(packing, self.max_history).to(vectors_TD.device)
+        positions_T = on_device(counted_back(packing, self.max_history), vectors_TD.device)
         hidden_TD = self.dropout(vectors_TD * self.input_scale + F.embedding(positions_T, self.positions))
         for block in self.blocks:
             hidden_TD = block(hidden_TD, packing)
         return F.normalize(self.norm(hidden_TD), dim=-1)
 
 
-def counted_back(packing: Packing, max_history: int) -> Tensor:
+def counted_back(packing: Packing, max_history: int) -> npt.NDArray[np.int64]:
     """(T,) position of each event, the latest of its history at `max_history` - 1."""
     if int(packing.lengths_S[-1]) > max_history:
         raise ValueError(
             f"a history of {packing.lengths_S[-1]} events, the model knows {max_history} positions"
         )
     lengths_T = packing.lengths_S[packing.sequence_T]
-    return torch.from_numpy(max_history - lengths_T + packing.positions_T)
+    return max_history - lengths_T + packing.positions_T
 
 
 class SASRecBlock(nn.Module):

@@ -23,7 +23,7 @@ from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
 from hllm.models.users import DecoderUser
 from hllm.settings import Decoder, Stage
 from tests.training.test_loop import assert_identical, run
-from tests.training.world import prepared_of
+from tests.training.world import labelled, prepared_of
 
 OBJECTIVES = ("early_fusion", "late_fusion")
 WIDTH, ITEMS, START = 24, 30, 1_500_000_000
@@ -180,15 +180,13 @@ def test_a_batch_without_any_label_has_no_classification_loss():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_stop_and_a_continuation_end_where_an_uninterrupted_run_does(tmp_path: Path, objective: str):
     (tmp_path / "prepared").mkdir()
-    prepared = prepared_of(tmp_path / "prepared", [5, 8, 12], items=ITEMS)
-    labels = np.random.default_rng(0).choice([-1, 0, 1], len(prepared.event_items)).astype(np.int8)
-    labelled = dataclasses.replace(prepared, event_labels=labels)
+    prepared = labelled(prepared_of(tmp_path / "prepared", [5, 8, 12], items=ITEMS))
     stage = Stage(history_length=6, batch_size=2, negatives=4, steps=6, lr=1e-2)
     whole, stopped, continued = (recommender(objective, 0.5)[0] for _ in range(3))
-    ended = run(labelled, tmp_path / "whole", whole, stage)
+    ended = run(prepared, tmp_path / "whole", whole, stage)
     with pytest.raises(Terminated):
-        run(labelled, tmp_path / "parts", stopped, stage, stop_after=3)
-    assert run(labelled, tmp_path / "parts", continued, stage).last_loss == ended.last_loss
+        run(prepared, tmp_path / "parts", stopped, stage, stop_after=3)
+    assert run(prepared, tmp_path / "parts", continued, stage).last_loss == ended.last_loss
     assert_identical(whole, continued)
     assert (
         whole.user.fusion.head[2].weight != recommender(objective, 0.5)[0].user.fusion.head[2].weight

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +15,11 @@ import torch
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.models.backbone import build_decoder
 from hllm.models.items import IdItems, TextItems
+from hllm.models.load import new_model
 from hllm.models.lora import choose_what_learns
 from hllm.models.recommender import Recommender
 from hllm.models.users import DecoderUser, SASRecUser
-from hllm.settings import Decoder
+from hllm.settings import Decoder, Settings
 from tests.conftest import free_port
 
 
@@ -56,6 +59,19 @@ def tiny_llms(prepared: Prepared, layers: int = 2, lora_rank: int = 0) -> Recomm
     torch.nn.init.normal_(items.item_token)
     items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
     return Recommender(items, DecoderUser(decoders[1]), 0.07)
+
+
+def tiny_hllm(prepared: Prepared, layers: int = 2, **model: Any) -> Recommender:
+    """What these settings of the section `model` make of two small random towers."""
+    tower = {"width": 16, "heads": 2, "layers": layers}
+    towers = {name: tower | model.get(name, {}) for name in ("item_llm", "user_llm")}
+    return new_model(Settings.model_validate({"model": model | towers}), "hllm", prepared)
+
+
+def labelled(prepared: Prepared) -> Prepared:
+    """The same, and two of three events say whether the user liked the item."""
+    labels = np.random.default_rng(0).choice([-1, 0, 1], len(prepared.event_items)).astype(np.int8)
+    return dataclasses.replace(prepared, event_labels=labels)
 
 
 def on_ranks(function: str, folder: Path, count: int = 2, **environment: str) -> list[str]:

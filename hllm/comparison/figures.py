@@ -22,8 +22,8 @@ from hllm.comparison.work import Pipeline
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
 from hllm.evaluation.auc import METRICS, aucs
-from hllm.evaluation.evaluate import held_out_vectors, labelled_scores
-from hllm.evaluation.labelled import labelled_rows, simple_scores
+from hllm.evaluation.evaluate import held_out_vectors
+from hllm.evaluation.labelled import cosines, labelled_rows, read_scores, simple_scores
 from hllm.evaluation.measure import PART
 from hllm.evaluation.metrics import Interval, gains, metric_names, resampled_means
 from hllm.evaluation.ranking import HeldOut
@@ -92,6 +92,7 @@ def ranked(comparison: Comparison, found: Sequence[Pipeline]) -> Ranked:
     losses: dict[tuple[str, int], Floats] = {}
     scores: dict[tuple[str, int], Floats] = {}
     rows = labelled_rows(prepared, held_out)
+    judged = held_out.take(rows)
     for pipeline in found:
         name, label = (pipeline.entry.name, pipeline.seed), pipeline.entry.label
         own_events, ranks[name] = read_ranks(pipeline, label)
@@ -102,16 +103,12 @@ def ranked(comparison: Comparison, found: Sequence[Pipeline]) -> Ranked:
                 remedy="The models of a comparison share the data, the split and prepare.k_core.",
             )
         ranks[POPULAR, pipeline.seed] = read_ranks(pipeline, "popular")[1]
-        if wanted.isdisjoint({LOSS, *JUDGED}):
-            continue
-        context = pipeline.context
-        users_RD, items_ID = held_out_vectors(context, label, prepared, held_out)
         if LOSS in wanted:
+            users_RD, items_ID = held_out_vectors(pipeline.context, label, prepared, held_out)
             scale = scale_of(pipeline.folder(f"train-{label}"))
             losses[name] = softmax_loss(users_RD, items_ID, scale, held_out)
         if not wanted.isdisjoint(JUDGED):
-            judged = held_out.take(rows)
-            scores[name] = labelled_scores(context, label, prepared, judged, users_RD[rows], items_ID)
+            scores[name] = scores_of(pipeline, label, prepared, judged)
             scores[POPULAR, pipeline.seed] = simple_scores(prepared, judged)["popular"]
     labels_L = np.asarray(prepared.event_labels)[held_out.positions_R[rows]].astype(np.int64)
     return Ranked(
@@ -121,6 +118,15 @@ def ranked(comparison: Comparison, found: Sequence[Pipeline]) -> Ranked:
         losses,
         Judged(labels_L, held_out.users_R[rows], scores) if scores else None,
     )
+
+
+def scores_of(pipeline: Pipeline, label: str, prepared: Prepared, judged: HeldOut) -> Floats:
+    """(L,) how a model scores labelled events: as its evaluation wrote them if the model is discriminative,
+    else by what it ranks items with."""
+    written = pipeline.folder("evaluate") / "labelled.parquet"
+    if written.exists():
+        return read_scores(written, label, judged)
+    return cosines(*held_out_vectors(pipeline.context, label, prepared, judged), judged)
 
 
 def read_ranks(pipeline: Pipeline, label: str) -> tuple[Ints, Ints]:

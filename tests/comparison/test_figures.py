@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from hllm.comparison.figures import Judged, Ranked, figures
-from hllm.comparison.file import Metric
+from hllm.comparison.figures import Judged, Ranked, figures, scores_of
+from hllm.comparison.file import Entry, Metric
 from hllm.comparison.loss import softmax_loss
 from hllm.comparison.scaling import fit
+from hllm.comparison.work import Pipeline
+from hllm.data.prepared import Prepared
+from hllm.evaluation.labelled import labelled_rows
 from hllm.evaluation.ranking import HeldOut
+from hllm.steps import keys
+from tests.world import run_steps, tiny_settings, write_labelled_source
 
 SEEDS = (1, 2)
 METRICS = [Metric.of(name) for name in ("recall@10", "ndcg@10", "item:cold recall@10", "loss", "auc", "uauc")]
@@ -105,3 +112,20 @@ def test_a_power_law_is_found_again():
     places = np.array([0.1, 0.25, 0.5, 1.0])
     factor, exponent = fit(places, 3.0 * places**-0.17)
     assert (factor, exponent) == (pytest.approx(3.0), pytest.approx(-0.17))
+
+
+def test_labelled_events_are_scored_as_they_were_evaluated(tmp_path: Path):
+    sets = {"data.columns.label": "label", "model.objective": "early_fusion", "model.stages": 1}
+    source = write_labelled_source(tmp_path / "source")
+    settings = tiny_settings(tmp_path, source, **sets, **{"model.baselines": ["sasrec"]})
+    prepared = Prepared.open(run_steps(settings, "ingest", "validate", "prepare"))
+    trained = [f"{step}-{family}-1" for family in ("hllm", "sasrec") for step in ("train", "embed")]
+    evaluated = run_steps(settings, *trained, "evaluate")
+    held_out = HeldOut.of(prepared, "test")
+    judged = held_out.take(labelled_rows(prepared, held_out))
+    pipeline = Pipeline(Entry("fusion", "hllm-1", ()), settings.run.seed, settings, keys(settings))
+    found = {label: scores_of(pipeline, label, prepared, judged) for label in ("hllm-1", "sasrec-1")}
+    assert ((found["hllm-1"] > 0) & (found["hllm-1"] < 1)).all()
+    (evaluated / "labelled.parquet").unlink()  # as a model that does not judge leaves it
+    again = scores_of(pipeline, "sasrec-1", prepared, judged)
+    np.testing.assert_allclose(again, found["sasrec-1"], atol=1e-6)

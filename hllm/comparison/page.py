@@ -38,6 +38,8 @@ def page(result: Result, found: Sequence[Pipeline]) -> str:
         "code_version": found[-1].finished("evaluate").code_version,
         "config": comparison.config.name,
         "columns": [metric.title for metric in comparison.metrics],
+        "ratio": f"{comparison.metrics[0].title}, ratio",
+        "took": ["parameters", "steps", "trained for"],
         "rows": _rows(result),
         "few": _few(result),
         "charts": _charts(result),
@@ -77,9 +79,13 @@ def _rows(result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def _effort(result: Result, model: str) -> list[str]:
+def _effort(result: Result, model: str) -> list[tuple[str, str]]:
+    """Of each column what stands in it, and what stands below that."""
     found = result.efforts.get(model)
-    return [*effort(found), f"{found.memory_mb:,} MB" if found else "–"]
+    if found is None:
+        return [("–", "")] * 3
+    *others, seconds = effort(found)
+    return [*((value, "") for value in others), (seconds, f"at most {found.memory_mb:,} MB")]
 
 
 def _few(result: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,10 @@ def test_a_finished_comparison_is_a_table_a_page_and_runs(file: Path):
     assert "Item vectors of a tiny world" in page
     assert page.count("<svg") == 4 + len(numbers["laws"])
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is loaded from anywhere
+    names = re.findall("<th>(.*?)</th>", page.split("</thead>")[0])
+    for model in ("half", "all", "most-popular"):  # on a phone each cell stands beside the name of its column
+        row = page.split(f"<td>{model}</td>")[1].split("</tr>")[0]
+        assert re.findall('data-label="(.*?)"', row) == names[1:]
     assert "| half" in (folder / "table.md").read_text("utf-8")
 
     settings = found[0].settings

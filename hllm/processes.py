@@ -125,6 +125,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def let_all_have(tensor: torch.Tensor) -> None:
+    """In place: the first process's values, in every process."""
+    if _place.size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, 0)
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     any_of(False)

@@ -40,7 +40,7 @@ def write_items(
     room = settings.max_tokens - len(before) - len(after)
     _require_room_for_text(encode, settings, room)
     lengths: list[int] = []
-    truncated = 0
+    truncated = without_text = 0
     with open_parquet(source) as file, (scratch / "tokens.bin").open("wb") as tokens:
         fields = _chosen_fields(text_columns(file.schema_arrow.names), settings)
         others = [name for name in file.schema_arrow.names if name not in OURS]
@@ -59,6 +59,7 @@ def write_items(
                 first = len(lengths)
                 values = list(_cleaned(batch, fields))
                 texts = [join(item, settings) for item in values]
+                without_text += texts.count("")
                 for ids in encode([settings.prompt + text for text in texts]):
                     truncated += len(ids) > room
                     kept = [*before, *ids[:room], *after]
@@ -81,7 +82,12 @@ def write_items(
                     )
                 )
     _write_tokens(scratch / "tokens.bin", output, lengths)
-    return {"tokens": sum(lengths), "longest_item_tokens": max(lengths), "truncated_items": truncated}
+    return {
+        "tokens": sum(lengths),
+        "longest_item_tokens": max(lengths),
+        "truncated_items": truncated,
+        "items_without_text": without_text,
+    }
 
 
 def item_texts(source: Path, settings: Prepare) -> Iterator[pa.RecordBatch]:

@@ -75,8 +75,9 @@ class Prepared:
 
     @property
     def trained_until(self) -> int:
-        """The newest event that trained, seconds UTC."""
-        users = np.flatnonzero(self.train_ends > self.user_offsets[:-1])
+        """The newest event that trained, seconds UTC. A user's only training event trains nothing, and
+        may lie after the split: whoever is new then has one for a history."""
+        users = np.flatnonzero(self.train_ends - self.user_offsets[:-1] > 1)
         return int(self.event_times[self.train_ends[users] - 1].max())
 
     @property

@@ -118,9 +118,14 @@ class PretrainedTokenizer:
         """What an encoder wants around every text ([CLS], [SEP]); decoders want nothing."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        found = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,  # "[SEP]" in a title is what somebody wrote, and means nothing
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return found["input_ids"]
 
 
 def tokenizer_for(backbone: str) -> ByteTokenizer | PretrainedTokenizer:
@@ -194,13 +199,14 @@ def load_whole(source: Source) -> Any:
     from transformers import AutoModel
 
     with _plain_errors(source), _quiet():
-        return AutoModel.from_pretrained(
+        whole = AutoModel.from_pretrained(
             source.name,
             dtype=torch.float32,
             # Left to itself, transformers falls back on pickles.
             use_safetensors=None if source.gguf_file else True,
             **source.arguments,
         )
+    return getattr(whole, "language_model", whole)  # of a model that also sees (Gemma 3 from 4B on)
 
 
 def shape_of(source: Source) -> Any:
@@ -208,7 +214,7 @@ def shape_of(source: Source) -> Any:
     from transformers import AutoConfig
 
     with _plain_errors(source), _quiet():
-        return AutoConfig.from_pretrained(source.name, **source.arguments)
+        return AutoConfig.from_pretrained(source.name, **source.arguments).get_text_config()
 
 
 def random_config(settings: Decoder, vocabulary: int) -> Any:

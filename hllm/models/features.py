@@ -92,5 +92,5 @@ class EventFeatures(nn.Module):
         if self.items:
             ids_T = on_device(items_T, self.ids.device)
             known_T = (ids_T >= 0) & (ids_T < self.items)
-            found.append(self.ids[ids_T.where(known_T, 0)] * known_T[:, None])
+            found.append(F.embedding(ids_T.where(known_T, 0), self.ids) * known_T[:, None])
         return found

@@ -35,7 +35,7 @@ class EarlyFusion(nn.Module):
 
     def forward(self, hidden_PI: Tensor) -> Tensor:
         """(P, I) -> (P,) logits."""
-        return self.head(hidden_PI).squeeze(-1).float()
+        return in_full(self.head, hidden_PI)
 
 
 class LateFusion(nn.Module):
@@ -58,7 +58,15 @@ class LateFusion(nn.Module):
         """(P, D) user and (P, D) item vectors, unit length -> (P,) logits."""
         product_PD = users_PD * candidates_PD
         together = torch.cat([users_PD, candidates_PD, product_PD], -1)
-        return self.head(together).squeeze(-1).float() + self.cosine_weight * product_PD.sum(-1)
+        return in_full(self.head, together) + self.cosine_weight * product_PD.sum(-1)
+
+
+def in_full(head: nn.Sequential, inputs_PI: Tensor) -> Tensor:
+    """(P,) logits in fp32 whatever the models before compute in: in bf16 many of some thousand candidates
+    would share their score."""
+    with torch.autocast(inputs_PI.device.type, enabled=False):
+        logits_P: Tensor = head(inputs_PI.float()).squeeze(-1)
+        return logits_P
 
 
 def classification(logits_T: Tensor, labels_T: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ class HSTUBlock(nn.Module):
             )
             places_L = torch.arange(length, device=hidden_TD.device)
             apart_LL = places_L[:, None] - places_L[None, :]
-            bias_CLL = self.position_bias[apart_LL.clamp_min(0)] + self.time_bias[bucket_CLL]
+            # Not by indexing: on several threads its gradients add up in another order every time.
+            bias_LL1 = F.embedding(apart_LL.clamp_min(0), self.position_bias[:, None])
+            bias_CLL = (bias_LL1 + F.embedding(bucket_CLL, self.time_bias[:, None])).squeeze(-1)
             scores_CHLL = query_CHLE @ key_CHLE.transpose(-1, -2) + bias_CLL[:, None]
             weights_CHLL = (F.silu(scores_CHLL) / self.longest).masked_fill(apart_LL < 0, 0.0)
             parts.append((weights_CHLL @ value_CHLE).transpose(1, 2).flatten(2).flatten(0, 1))

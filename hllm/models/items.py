@@ -89,7 +89,11 @@ class TextItems(nn.Module):
         """Unit vectors of distinct items: (K,) -> (K, D). An item's vector does not depend on its
         neighbours."""
         hidden_KD = F.normalize(self.hidden(items_K), dim=-1)
-        return F.normalize((hidden_KD - self.centre) @ self.projection, dim=-1) if self.whiten else hidden_KD
+        if not self.whiten:
+            return hidden_KD
+        # In bf16 vectors have other lengths, and the gradients of all occurrences add up in 8 bits.
+        with torch.autocast(hidden_KD.device.type, enabled=False):
+            return F.normalize((hidden_KD - self.centre) @ self.projection, dim=-1)
 
     @torch.no_grad()
     def start_white(self, items_K: Items, chunk: int = 512, floor: float = 1e-3) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hllm.artifacts import write_atomically
 from hllm.data.prepared import Prepared
-from hllm.errors import ConfigError
+from hllm.errors import ConfigError, DataError
 from hllm.models.backbone import build_decoder, decoder_from_config, load_whole, sees_ahead
 from hllm.models.features import EventFeatures
 from hllm.models.hstu import HSTUUser
@@ -42,17 +42,18 @@ def new_model(settings: Settings, family: str, prepared: Prepared) -> Recommende
         vocabulary = int(prepared.token_ids.max()) + 1 if not model.item_llm.backbone else 0
         decoder = build_decoder(model.item_llm, max(vocabulary, 256))
         items = TextItems(decoder, model.whiten, model.item_vector)
+        _require_something_to_read(prepared, model.item_vector)
         items.attach(prepared.token_ids, prepared.token_offsets, trim=True)
         if model.item_llm.frozen:
             items.freeze()
         if model.whiten:
             sample = np.random.default_rng(settings.run.seed).permutation(prepared.items)[:WHITENING_ITEMS]
             items.to(device()).start_white(np.sort(sample))
-        longest = int(np.diff(prepared.token_offsets).max()) + 1
+        longest = int(np.diff(prepared.token_offsets).max()) + (model.item_vector == "item_token")
         if sees_ahead(decoder) and longest > decoder.config.max_position_embeddings:
             raise ConfigError(
                 f"the Item tower reads {decoder.config.max_position_embeddings} positions, "
-                f"the longest item with [ITEM] has {longest}",
+                f"the longest item has {longest}",
                 where="model.item_llm.backbone",
                 remedy="Lower prepare.max_tokens.",
             )
@@ -136,12 +137,27 @@ def load_item_model(folder: Path, prepared: Prepared) -> TextItems | IdItems:
     if shape["family"] == "hllm":
         decoder = decoder_from_config({**shape["item"], "vocab_size": weights["words"].shape[0]})
         items = TextItems(decoder, shape["whiten"], shape["item_vector"])
+        _require_something_to_read(prepared, shape["item_vector"])
         items.attach(prepared.token_ids, prepared.token_offsets)
     else:
         items = IdItems(*weights["table"].shape)
     items.load_state_dict(weights)
     items.eval()
     return items
+
+
+def _require_something_to_read(prepared: Prepared, item_vector: str) -> None:
+    """Raises: DataError, items have no text and the mean over it is asked for."""
+    unread = np.flatnonzero(np.diff(prepared.token_offsets) == 0)
+    if item_vector == "mean" and len(unread):
+        raise DataError(
+            "items have no text, and the mean over it is to be their vector",
+            where="prepare.fields",
+            count=(len(unread), prepared.items),
+            examples=prepared.item_table(["item_id"])["item_id"].take(unread[:3]).to_pylist(),
+            remedy="Take more of the text fields, write something into prepare.prompt, or set "
+            'model.item_vector = "item_token".',
+        )
 
 
 def width_of(folder: Path) -> int:

@@ -115,8 +115,9 @@ class Recommender(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Inverse temperature, clamped to [1, 100]."""
-        return self.log_scale.clamp(0.0, math.log(100.0)).exp()
+        """Inverse temperature, from 1 to 100."""
+        bounded: Tensor = _Bounded.apply(self.log_scale, 0.0, math.log(100.0))  # type: ignore[no-untyped-call]
+        return bounded.exp()
 
     def loss(self, batch: Batch) -> Tensor:
         """Generative: L_gen, the mean InfoNCE over the batch's targets. Discriminative:
@@ -127,8 +128,9 @@ class Recommender(nn.Module):
         """The loss of a batch, or a part's share of the whole's, from the vectors of all its items (and
         perhaps others), sorted."""
         device = vectors_KD.device
+        # Not by indexing: on several threads its gradients add up in another order every time.
         history_TD, targets_TD, negatives_ND = (
-            vectors_KD[on_device(np.searchsorted(distinct_K, items), device)]
+            F.embedding(on_device(np.searchsorted(distinct_K, items), device), vectors_KD)
             for items in (batch.history.items_T, batch.targets_T, batch.negatives_N)
         )
         if isinstance(self.user, DecoderUser) and self.user.fusion is not None:
@@ -141,6 +143,23 @@ class Recommender(nn.Module):
         if batch.whole is not None:
             generated = generated * (len(batch.targets_T) / len(batch.whole.targets_T))
         return generated if judged is None else self.generative_weight * generated + judged
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamps, and drops the gradient only where following it would lead further out: what once went past a
+    bound, by an optimizer's momentum, can come back."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, low: float, high: float) -> Tensor:
+        context.save_for_backward(value)
+        context.bounds = low, high
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (value,), (low, high) = context.saved_tensors, context.bounds
+        outwards = ((value > high) & (gradient < 0)) | ((value < low) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0.0), None, None
 
 
 def labels_of(batch: Batch) -> npt.NDArray[np.int8]:

@@ -81,8 +81,8 @@ class Model(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout in the User LLM while it is trained: on its inputs and on what each layer adds (hllm; not in
     the paper). Small logs need it as much as ID-based models do."""
-    temperature: float = Field(0.07, gt=0)
-    """Initial temperature of the contrastive loss; learned, its inverse clamped to [1, 100]."""
+    temperature: float = Field(0.07, ge=0.01, le=1)
+    """Initial temperature of the contrastive loss; learned, between 0.01 and 1."""
     item_vector: Literal["item_token", "mean"] = "item_token"
     """What of the Item LLM's last layer is the item: its state at the learned [ITEM] vector after the text,
     or the mean over the text. A model cut to few layers has hardly begun to gather the text in one place:

@@ -73,6 +73,7 @@ def backpropagate(
         backward(loss * scale)
         return total(loss.detach().clone())
 
+    first_seed = seed * 2 * parts  # no part of a step draws what one of another step does
     spread = isinstance(model.items, TextItems)
     trained = any(parameter.requires_grad for parameter in model.items.parameters())
     order_K = _by_length(model, distinct_K)
@@ -83,7 +84,7 @@ def backpropagate(
     vectors_KD: Tensor | None = None
     with torch.no_grad():
         for number, (chunk_M, counts) in enumerate(chunks):
-            torch.manual_seed(seed + number)
+            torch.manual_seed(first_seed + number)
             vectors_MD = run(None, distinct_K[chunk_M], None)
             if vectors_KD is None:
                 vectors_KD = vectors_MD.new_zeros(len(distinct_K), vectors_MD.shape[1])
@@ -94,7 +95,7 @@ def backpropagate(
 
     whole = torch.zeros((), device=leaf_KD.device)
     for number in range(min(parts, _most(len(windows_S)))):
-        torch.manual_seed(seed + parts + number)
+        torch.manual_seed(first_seed + parts + number)
         share, counts = _dealt(windows_S[at.rank :: at.size][number::parts], windows_S)
         loss = run(batch.part(share), distinct_K, leaf_KD)
         loss = loss if counts else loss * 0
@@ -105,7 +106,7 @@ def backpropagate(
         assert leaf_KD.grad is not None  # noqa: S101 - every part reads them
         gradient_KD = total(leaf_KD.grad) if spread else leaf_KD.grad
         for number, (chunk_M, counts) in enumerate(chunks):
-            torch.manual_seed(seed + number)
+            torch.manual_seed(first_seed + number)
             vectors_MD = run(None, distinct_K[chunk_M], None)
             gradient_MD = gradient_KD[on_device(chunk_M, gradient_KD.device)]
             backward((vectors_MD * (gradient_MD if counts else 0)).sum())

@@ -207,7 +207,7 @@ def _stop_at_failure(
             folder / "not_finite_batch.safetensors",
         )
     which = "loss" if not math.isfinite(seen.failed_loss) else "gradient norm"
-    value = seen.failed_loss if which == "loss" else seen.gradient_norm
+    value = seen.failed_loss if which == "loss" else seen.failed_norm
     raise DataError(
         f"the {which} is {value} at step {seen.failed_step}",
         where=what,

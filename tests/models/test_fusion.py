@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hllm.errors import Terminated
 from hllm.models.backbone import build_decoder
 from hllm.models.features import EventFeatures
-from hllm.models.fusion import classification
+from hllm.models.fusion import EarlyFusion, LateFusion, classification
 from hllm.models.history import UNKNOWN_ITEM, UNKNOWN_TIME, History
 from hllm.models.items import IdItems
 from hllm.models.packing import Packing
@@ -167,6 +167,19 @@ def test_everything_that_judges_learns(objective: str):
     assert model.items.table.grad[batch.targets_T].abs().sum() > 0
     assert model.items.table.grad[batch.history.items_T].abs().sum() > 0
     assert model.user.decoder.layers[0].self_attn.v_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("heads", [EarlyFusion(64), LateFusion(64, 64, 1.0)])
+def test_candidates_have_scores_of_their_own_in_bf16_too(heads: EarlyFusion | LateFusion):
+    torch.manual_seed(0)
+    torch.nn.init.normal_(heads.head[-1].weight)
+    vectors = torch.nn.functional.normalize(torch.randn(4000, 64), dim=-1)
+    given = (vectors,) if isinstance(heads, EarlyFusion) else (vectors[:1].expand(4000, -1), vectors)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = heads(*given)
+    with torch.no_grad():
+        assert torch.equal(found, heads(*given))
+    assert len(found.unique()) > 3900
 
 
 def test_a_batch_without_any_label_has_no_classification_loss():

@@ -96,6 +96,17 @@ def test_the_item_token_and_the_words_learn():
     assert items.words.grad.abs().sum() > 0
 
 
+def test_whitened_vectors_are_whole_numbers_of_fp32_where_the_tower_is_not():
+    torch.manual_seed(1)
+    items = TextItems(build_decoder(Decoder(width=32, layers=2, heads=2), 256), whiten=True, vector="mean")
+    items.attach(TOKENS, OFFSETS)
+    items.start_white(np.arange(len(TEXTS)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = items(np.arange(len(TEXTS)))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(TEXTS)), atol=1e-6, rtol=0)
+
+
 def test_ids_and_cache_look_up_rows():
     table = IdItems(5, 8)
     torch.testing.assert_close(table(np.array([3, 1]))[0], table(np.array([3]))[0])

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
-from hllm.errors import ConfigError
+from hllm.errors import ConfigError, DataError
 from hllm.models.history import History
 from hllm.models.load import (
     ID_USERS,
@@ -33,6 +33,7 @@ from hllm.settings import Settings, Stage
 from hllm.settings import load as load_settings
 from hllm.training.batches import Batches
 from hllm.training.updates import parameter_groups
+from tests.evaluation.world import write_table
 from tests.training.world import prepared_of
 
 TinySettings = Callable[..., Settings]
@@ -80,6 +81,18 @@ def test_a_loaded_model_gives_the_same_vectors(
     torch.testing.assert_close(user_vectors(user, items.width), user_vectors(model.user, items.width))
     assert (family_of(tmp_path), width_of(tmp_path)) == (family, items.width)
     assert ("whiten" in json.loads((tmp_path / "model.json").read_text())) == (family == "hllm")
+
+
+def test_the_mean_over_no_text_is_refused_by_name(
+    tiny_settings: TinySettings, prepared: Prepared
+):
+    offsets = prepared.token_offsets.copy()
+    offsets[4:] -= offsets[4] - offsets[3]
+    empty = dataclasses.replace(prepared, token_offsets=offsets, token_ids=prepared.token_ids[: offsets[-1]])
+    write_table(prepared.folder / "items.parquet", item_id=[f"film {n}" for n in range(prepared.items)])
+    new_model(tiny_settings(**{"model.item_vector": "item_token"}), "hllm", empty)
+    with pytest.raises(DataError, match=rf"items have no text.*\(1 of {prepared.items}\) \(e.g. 'film 3'\)"):
+        new_model(tiny_settings(**{"model.item_vector": "mean"}), "hllm", empty)
 
 
 def test_whitening_starts_from_the_catalogue_and_spreads_its_vectors(

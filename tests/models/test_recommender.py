@@ -86,6 +86,18 @@ def test_temperature_starts_where_the_setting_says_and_is_clamped():
         assert float(model.scale) == pytest.approx(edge)
 
 
+def test_a_temperature_that_went_past_its_bound_comes_back():
+    model = Recommender(IdItems(4, 8), SASRecUser(8, 1, 1, 0.0, 5), 0.07)
+    for far, inwards in ((9.0, 1.0), (-9.0, -1.0)):
+        for sign in (inwards, -inwards):
+            model.log_scale.data.fill_(far)
+            model.log_scale.grad = None
+            (model.scale * sign).backward()
+            assert float(model.log_scale.grad) == pytest.approx(
+                sign * float(model.scale) if sign == inwards else 0.0
+            )
+
+
 def test_every_distinct_item_is_encoded_once():
     encoded: list[np.ndarray] = []
 

@@ -74,6 +74,20 @@ def test_parts_have_the_loss_and_the_gradients_of_the_whole(kind: str, parts: in
     assert_close(gradients(kind, data, parts), gradients(kind, data, 1))
 
 
+def test_no_part_of_a_step_draws_what_a_part_of_another_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = prepared(tmp_path)
+    model, batch = tiny_llms(data), Batches(data, 8, 6, 10, seed=1)[0]
+    drawn: list[set[int]] = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: drawn[-1].add(seed))
+    for step in range(7, 13):
+        drawn.append(set())
+        backpropagate(model, Computation(model, bf16=False), lambda part: part.backward(), batch, 3, step)
+        drawn[-1].remove(step)  # of a step in one part
+    assert len(set.union(*drawn)) == sum(map(len, drawn)) == 6 * 6
+
+
 def test_at_once_is_the_models_own_loss(tmp_path: Path):
     data = prepared(tmp_path)
     model = tiny_llms(data)

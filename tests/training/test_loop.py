@@ -190,6 +190,17 @@ def test_what_fails_between_two_looks_is_kept_as_it_was(prepared: Prepared, tmp_
         assert torch.equal(value, before.state_dict()[name]), name
 
 
+def test_a_gradient_that_is_not_finite_is_named_with_its_own_norm(prepared: Prepared, tmp_path: Path):
+    model = tiny_model(30, dropout=0.0)
+
+    def poison(step: int) -> None:
+        if step == 3:
+            model.log_scale.register_hook(lambda gradient: gradient * torch.inf)
+
+    with pytest.raises(DataError, match=r"the gradient norm is (inf|nan) at step 3"):
+        run(prepared, tmp_path / "work", model, poison=poison)
+
+
 def test_learning_rate_rises_then_falls_to_a_tenth():
     shares = [share_of_peak(step, 100, 0.1) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)

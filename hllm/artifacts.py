@@ -34,6 +34,7 @@ from hllm.objects import (
     head_object,
     is_s3,
     list_objects,
+    object_bytes,
     read_object,
     s3_client,
     upload,
@@ -173,10 +174,18 @@ class Store:
 
     def forget(self, step: str, key: str) -> None:
         """Remove an output, its manifest first: from then on it is not done."""
-        clear(self.folder(step, key))
+        folder = self.folder(step, key)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        clear(folder)
         if self.remote:
             found = list_objects(f"{self.location(step, key)}/")
             delete_objects(sorted(found, key=lambda place: not place.endswith(f"/{key}/{MANIFEST}")))
+
+    def size(self, step: str, key: str) -> int:
+        """Bytes that an output takes where it lives; a copy of it on this machine is not counted."""
+        if self.remote:
+            return object_bytes(f"{self.location(step, key)}/")
+        return sum(path.stat().st_size for path in self.folder(step, key).rglob("*") if path.is_file())
 
     def carry(self, step: str, key: str, name: str) -> None:
         """Send one whole file of an unfinished output ahead: a process elsewhere need not make it again."""

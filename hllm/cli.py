@@ -312,6 +312,23 @@ def watch(config: Config = None, set: Set = None, debug: Debug = False) -> None:
 
 
 @app.command()
+def prune(
+    keep_days: Annotated[
+        int, typer.Option("--keep-days", min=1, help="Younger outputs stay, whatever they are of.")
+    ] = 14,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Remove old copies of the log and the catalogue that nothing needs any more."""
+    with _command(debug):
+        from hllm.prune import prune as act
+
+        act(settings_module.load(config, set or ()), keep_days, dry_run)
+
+
+@app.command()
 def plan(config: Config = None, set: Set = None, debug: Debug = False) -> None:
     """Print the steps, what is already done, and where each output is."""
     with _command(debug):

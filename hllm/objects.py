@@ -272,12 +272,22 @@ def head_object(location: str, client: Any = None) -> Mapping[str, Any]:
 
 
 def list_objects(location: str, client: Any = None) -> list[str]:
-    """Every object under a prefix, page by page."""
+    """Every object under a prefix."""
+    bucket, _ = split_s3(location)
+    return [f"s3://{bucket}/{entry['Key']}" for entry in _entries(location, client)]
+
+
+def object_bytes(location: str, client: Any = None) -> int:
+    """How large all objects under a prefix are together."""
+    return sum(entry["Size"] for entry in _entries(location, client))
+
+
+def _entries(location: str, client: Any) -> list[Mapping[str, Any]]:
     bucket, prefix = split_s3(location)
     with s3_errors(location):
         lister = (client or s3_client()).get_paginator("list_objects_v2")
         pages = lister.paginate(Bucket=bucket, Prefix=prefix)
-        return [f"s3://{bucket}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
+        return [entry for page in pages for entry in page.get("Contents", [])]
 
 
 def delete_objects(locations: Iterable[str], client: Any = None) -> None:

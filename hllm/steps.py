@@ -397,6 +397,7 @@ def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, s
         meter = Meter()
         with child_run(settings, pipeline_key(all_keys), name, settings_of(step, settings)) as tracker:
             context.tracker = tracker
+            tracker.belongs_to(all_keys)
             _load(step.run)(context)
             clear(output / WORK)
             files = file_digests(output, exclude=(WORK,))

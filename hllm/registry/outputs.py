@@ -1,16 +1,29 @@
-"""What a registered version was made from: the outputs and the settings of its pipeline's steps."""
+"""What MLflow knows of outputs: from which ones, by which settings, a registered version was made; and which
+ones pipelines at work may still read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hllm.artifacts import Store
 from hllm.errors import ConfigError, DataError
+from hllm.objects import list_objects, read_object
 from hllm.registry import server
-from hllm.registry.tracking import flatten, metric_name, text
+from hllm.registry.tracking import OUTPUT_TAG, PARENT_TAG, flatten, metric_name, text
 from hllm.registry.versions import VersionInfo
 from hllm.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+Output = tuple[str, str]
+"""A step and the key of its output."""
 
 
 def output_of(settings: Settings, info: VersionInfo, step: str) -> Path:
@@ -21,7 +34,7 @@ def output_of(settings: Settings, info: VersionInfo, step: str) -> Path:
     """
     with server.mlflow_errors(settings):
         run = server.client(settings).get_run(info.run_id)
-    key = run.data.tags.get(f"hllm.output.{step}")
+    key = run.data.tags.get(f"{OUTPUT_TAG}{step}")
     if key is None:
         raise DataError(f"has no record of its step {step}", where=f"{info.model} version {info.version}")
     root = info.tags["export"].rstrip("/").rsplit("/", 2)[0]
@@ -46,3 +59,83 @@ def require_same_settings(settings: Settings, info: VersionInfo, names: Iterable
                     f"{name} is {said}, version {info.version} of {info.model} was trained with {was}",
                     remedy="Its model reads texts as in its training: use the settings file of that version.",
                 )
+
+
+def outputs_of_versions(settings: Settings) -> set[Output]:
+    """All that registered versions were made from: those of every model in MLflow, and those that were ever
+    registered from these outputs, until the version and its run are deleted in MLflow.
+
+    Raises:
+        ConfigError: MLflow does not know one of them, or not what it was made from.
+    """
+    client, store = server.client(settings), Store(settings.run.root)
+    found: set[Output] = set()
+    with server.mlflow_errors(settings):
+        every = [each for each in _all(partial(client.search_model_versions, "")) if "export" in each.tags]
+        known = {each.run_id: f"{each.name} version {each.version}" for each in every}
+        left = {each["run_id"]: f"{each['model']} version {each['version']}" for each in _records(store)}
+        for run_id, version in (left | known).items():
+            run = _run(client, run_id)
+            if run and run.info.lifecycle_stage == "deleted" and run_id not in known:
+                continue
+            outputs = _outputs(run) if run else set()
+            if not outputs:
+                raise ConfigError(
+                    f"does not know what {version} was made from (its run {run_id})",
+                    where=server.shown(server.tracking_uri(settings)),
+                    remedy="Is this the MLflow that these outputs were registered in? If the version is gone "
+                    f"for good, remove its folder in {store.root}/register.",
+                )
+            found |= outputs
+    return found
+
+
+def outputs_at_work(settings: Settings, since: datetime) -> set[Output]:
+    """All that pipelines read and make of which a step runs now, or has ended after `since`."""
+    client, parents = server.client(settings), set()
+    with server.mlflow_errors(settings):
+        experiments = [each.experiment_id for each in _all(client.search_experiments)]
+        for state in ("status = 'RUNNING'", f"end_time >= {int(since.timestamp() * 1000)}"):
+            condition = f"tags.`hllm.step` LIKE '%' AND attributes.{state}"
+            for run in _all(partial(client.search_runs, experiments, condition)):
+                parents.add(run.data.tags.get(PARENT_TAG))
+        runs = [_run(client, parent) for parent in parents if parent]
+    return {output for run in runs if run for output in _outputs(run)}
+
+
+def _outputs(run: Run) -> set[Output]:
+    tags = run.data.tags.items()
+    return {(name.removeprefix(OUTPUT_TAG), key) for name, key in tags if name.startswith(OUTPUT_TAG)}
+
+
+def _run(client: MlflowClient, run_id: str) -> Run | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _records(store: Store) -> Iterator[dict[str, Any]]:
+    """What `hllm register` has left beside the outputs, of every version."""
+    if store.remote:
+        for place in list_objects(f"{store.root}/register/"):
+            if place.endswith("/registered.json") and (content := read_object(place)):
+                yield json.loads(content)
+    else:
+        for path in (store.local / "register").glob("*/registered.json"):
+            yield json.loads(path.read_text("utf-8"))
+
+
+def _all(search: Callable[..., Any]) -> Iterator[Any]:
+    """Every entry of an answer that comes in pages."""
+    page = None
+    while True:
+        answer = search(page_token=page)
+        yield from answer
+        page = answer.token
+        if not page:
+            return

@@ -307,7 +307,7 @@ def _complete_parent(
         taken |= {f"{what}/{name}": value for what, value in manifest.usage.items()}
         taken[f"seconds/{name}"] = manifest.seconds
     tracking.log_metrics_now(client, parent, tracking.headline_metrics(metrics) | taken)
-    outputs = {f"hllm.output.{name}": key for name, key in finished.keys.items()}
+    outputs = {f"{tracking.OUTPUT_TAG}{name}": key for name, key in finished.keys.items()}
     tracking.log_tags(client, parent, outputs | {"hllm.gate": "passed" if verdict.passed else "failed"})
     tracking.log_dataset(client, parent, finished.manifests["prepare"], settings)
 

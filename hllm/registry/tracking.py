@@ -37,6 +37,9 @@ AWAY_SECONDS = 30.0
 """How long a finished step waits for a server that does not answer before it goes on without."""
 _METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
+PARENT_TAG = "mlflow.parentRunId"
+OUTPUT_TAG = "hllm.output."
+"""Of a pipeline's run: the key of each step's output."""
 _CONTEXT_TAG = "mlflow.data.context"
 _LAST_STEPS = {
     *("evaluate", "register", "publish", "verify", "promote"),
@@ -187,6 +190,11 @@ class Tracker:
         points = [Metric(metric_name(name), float(value), now, at) for name, value in values.items()]
         with self._buffer_lock:
             self._buffer.extend(points)
+
+    def belongs_to(self, keys: Mapping[str, str]) -> None:
+        """The pipeline's run names all of its outputs: `hllm prune` keeps those of one at work."""
+        tags = {f"{OUTPUT_TAG}{step}": key for step, key in keys.items()}
+        self._attempt(lambda: log_tags(self.client, self.parent, tags))
 
     def finish(self, manifest: Manifest) -> None:
         """Row counts and numbers as metrics, other facts as tags, the data set as an input."""
@@ -349,14 +357,14 @@ def _start(
     client: MlflowClient, settings: Settings, parent: str, step_name: str, step_settings: Mapping[str, Any]
 ) -> str:
     parent_info = client.get_run(parent).info
-    own = f"tags.`mlflow.parentRunId` = '{parent}' AND tags.`hllm.step` = '{step_name}'"
+    own = f"tags.`{PARENT_TAG}` = '{parent}' AND tags.`hllm.step` = '{step_name}'"
     # An output has one writer, so a run of this step that still says RUNNING lost its process.
     for dead in client.search_runs([parent_info.experiment_id], f"{own} AND attributes.status = 'RUNNING'"):
         client.set_tag(dead.info.run_id, "hllm.error", "the process disappeared; a later run continued")
         client.set_terminated(dead.info.run_id, "KILLED")
     if parent_info.status != "RUNNING":
         client.update_run(parent, status="RUNNING")
-    tags = {"mlflow.parentRunId": parent, "hllm.step": step_name}
+    tags = {PARENT_TAG: parent, "hllm.step": step_name}
     run_id = client.create_run(parent_info.experiment_id, run_name=step_name, tags=tags).info.run_id
     log_params(client, run_id, flatten(step_settings))
     return str(run_id)

@@ -13,18 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hllm.registry import server
 from hllm.settings import Mlflow, Run, Settings
 from tests.conftest import free_port
-
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: creating its tables takes a second, copying it none."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    settings = Settings(mlflow=Mlflow(tracking_uri=f"sqlite:///{path}"))
-    server.client(settings).search_experiments()
-    return path
 
 
 @pytest.fixture(autouse=True)

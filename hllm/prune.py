@@ -1,0 +1,93 @@
+"""`hllm prune`: copies of the log that nobody will read again make room.
+
+Whenever the source has changed, `ingest`, `validate` and `prepare` write it anew: every hour, where
+`hllm_items` runs. Only outputs of these three are removed, never a training, vectors, an evaluation or a
+publication. Kept is
+    - what a registered version was made from: refreshes read it, of the version that serves and of whichever
+      `hllm rollback` or `hllm publish` goes back to
+    - what a pipeline may still read of which a step runs, or has run within `keep_days`
+    - what these settings read now, and the newest of each step: for `hllm watch` and the next validation
+    - what is younger than `keep_days`, or being written
+Steps find what they read by a key, made from their settings and the source as it is now. So a copy that is
+missed after all is of a source that is still there, and the same commands make it again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+
+import typer
+from tabulate import tabulate
+
+from hllm.artifacts import Manifest, Store
+from hllm.errors import InfraError
+from hllm.last_words import say
+from hllm.registry.outputs import Output, outputs_at_work, outputs_of_versions
+from hllm.settings import Settings
+from hllm.steps import keys
+
+STEPS = ("ingest", "validate", "prepare")
+
+
+def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Manifest]:
+    """Say what is not needed any more, and remove it unless `dry_run`; returns what that was.
+
+    Raises:
+        ConfigError: MLflow does not know the versions that were registered from these outputs, or the source
+            is not there: nothing is removed.
+        InfraError: MLflow or the store does not answer.
+    """
+    store, since = Store(settings.run.root), datetime.now(UTC) - timedelta(days=keep_days)
+    found = [manifest for step in STEPS for manifest in store.finished(step)]
+    reasons = _reasons(settings, found, since)
+    going = [each for each in found if (each.step, each.key) not in reasons]
+    sizes = {each.key: store.size(each.step, each.key) / 1e6 for each in going}
+    if going:
+        rows = [(each.step, each.key, each.created_at[:16], f"{sizes[each.key]:,.1f}") for each in going]
+        typer.echo(tabulate(rows, headers=("step", "key", "made", "MB"), disable_numparse=True))
+    if not dry_run:
+        going = [each for each in going if _removed(store, each)]
+    why = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).items())
+    say(
+        f"prune: {'would free' if dry_run else 'freed'} {sum(sizes[each.key] for each in going):,.1f} MB, "
+        f"{len(going)} outputs of {store.root}; kept {len(reasons)}{f': {why}' if why else ''}"
+    )
+    return going
+
+
+def _reasons(settings: Settings, found: list[Manifest], since: datetime) -> dict[Output, str]:
+    """Why an output is kept; of those that nothing speaks for, nothing."""
+    newest = {(each.step, each.facts.get("run")): each for each in found}  # they come oldest first
+    young = [each for each in found if datetime.fromisoformat(each.created_at) > since]
+    rules: dict[str, Collection[Output]] = {
+        "of registered versions": outputs_of_versions(settings),
+        "of pipelines at work": outputs_at_work(settings, since),
+        "of these settings": keys(settings).items(),
+        "newest": {(each.step, each.key) for each in newest.values()},
+        "younger": {(each.step, each.key) for each in young},
+    }
+    reasons = {}
+    for each in found:
+        output = (each.step, each.key)
+        why = next((reason for reason, outputs in rules.items() if output in outputs), "")
+        if why:
+            reasons[output] = why
+    return reasons
+
+
+def _removed(store: Store, output: Manifest) -> bool:
+    """Remove it, unless somebody writes it anew; whether it is gone."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(store.lock(output.step, output.key))
+        except InfraError as error:
+            typer.echo(f"prune: left alone: {error.first_line}", err=True)
+            return False
+        store.forget(output.step, output.key)
+    folder = store.folder(output.step, output.key)
+    if folder.exists():
+        typer.echo(f"prune: cannot be removed: {folder}", err=True)
+    return not folder.exists()

@@ -1,0 +1,228 @@
+"""`hllm prune` removes what nobody needs and nothing else: in a folder and in S3, with a real MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from hllm.artifacts import Manifest, Store, digest_of, file_digests
+from hllm.errors import ConfigError
+from hllm.features.refresh import refresh
+from hllm.features.refreshed import refreshed
+from hllm.features.verify import verify
+from hllm.objects import is_s3, list_objects
+from hllm.prune import STEPS, prune
+from hllm.registry import server, tracking
+from hllm.registry.register import _keep_record
+from hllm.registry.versions import registered_version
+from hllm.settings import Settings
+from hllm.steps import keys
+from tests.conftest import S3
+from tests.features.refreshing import catalogue, go_on, serve
+
+KEEP = 14
+
+
+@pytest.fixture(params=["folder", "s3"])
+def settings(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tiny_settings: Callable[..., Settings],
+    migrated: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Settings:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    sets = {}
+    if request.param == "s3":
+        s3: S3 = request.getfixturevalue("s3")
+        sets["run.root"] = s3.bucket(f"prune-{digest_of(str(tmp_path))}")
+    return tiny_settings(**sets)
+
+
+def output(settings: Settings, step: str, key: str, days: float = 40, run: str = "") -> tuple[str, str]:
+    """A finished output, made so many days ago."""
+    store = Store(settings.run.root)
+    folder = store.folder(step, key)
+    folder.mkdir(parents=True)
+    (folder / "interactions.parquet").write_bytes(b"x" * 1000)
+    files = file_digests(folder)
+    made = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
+    facts = {"run": run} if run else {}
+    store.finish(Manifest(step, key, "", "0", made, 1.0, digest_of(files), {}, facts, files))
+    return step, key
+
+
+def left(settings: Settings) -> set[tuple[str, str]]:
+    store = Store(settings.run.root)
+    return {(step, one.key) for step in (*STEPS, "train-hllm-1") for one in store.finished(step)}
+
+
+def bytes_left(settings: Settings, step: str, key: str) -> int:
+    """Whatever is there under its name, with or without a manifest, here and in S3."""
+    store = Store(settings.run.root)
+    here = list(store.folder(step, key).rglob("*"))
+    there = list_objects(f"{store.location(step, key)}/") if is_s3(settings.run.root) else []
+    return len(here) + len(there)
+
+
+def pipeline(
+    settings: Settings, name: str, outputs: dict[str, str], days: float = 40, runs: bool = False
+) -> str:
+    """A pipeline in MLflow with one step, which began so many days ago, and ended then or still runs."""
+    client = server.client(settings)
+    parent = tracking.parent_run(client, settings, name)
+    tracking.log_tags(client, parent, {f"{tracking.OUTPUT_TAG}{step}": key for step, key in outputs.items()})
+    experiment = client.get_run(parent).info.experiment_id
+    at = int((datetime.now(UTC) - timedelta(days=days)).timestamp() * 1000)
+    tags = {tracking.PARENT_TAG: parent, "hllm.step": "train-hllm-1"}
+    run = client.create_run(experiment, start_time=at, tags=tags).info.run_id
+    if not runs:
+        client.set_terminated(run, "FINISHED", end_time=at)
+    return parent
+
+
+def register(settings: Settings, run_id: str, name: str, model: str = "hllm") -> int:
+    """What `hllm register` leaves of a pipeline."""
+    client, store = server.client(settings), Store(settings.run.root)
+    if not client.search_registered_models(f"name = '{model}'"):
+        client.create_registered_model(model)
+    export = store.location("embed-hllm-3", f"export-of-{name}")
+    tags = {"export": export, "pipeline": name, "report": "runs:/report.html"}
+    version = client.create_model_version(model, source=export, run_id=run_id, tags=tags).version
+    if model == settings.mlflow.model_name:
+        _keep_record(settings, store, registered_version(settings, str(version)))
+    return int(version)
+
+
+def test_what_nobody_needs_goes_and_all_else_stays(settings: Settings, capsys: pytest.CaptureFixture[str]):
+    own = keys(settings)
+    kept = {
+        output(settings, "ingest", own["ingest"]),
+        output(settings, "ingest", "young", days=KEEP - 1),
+        output(settings, "ingest", "newest", days=0),
+        output(settings, "validate", "newest-of-the-shop", days=30, run="shop"),
+        output(settings, "validate", "newest-of-the-books", days=35, run="books"),
+        output(settings, "prepare", "of-the-champion"),
+        output(settings, "validate", "of-the-champion", run="shop"),
+        output(settings, "prepare", "of-a-retired-version-of-another-model"),
+        output(settings, "prepare", "of-a-training-that-runs"),
+        output(settings, "prepare", "of-an-evaluation-of-yesterday"),
+        output(settings, "prepare", "newest", days=20),
+        output(settings, "train-hllm-1", "of-nobody"),
+    }
+    champion = {"validate": "of-the-champion", "prepare": "of-the-champion"}
+    register(settings, pipeline(settings, "one", champion), "one")
+    retired = {"prepare": "of-a-retired-version-of-another-model"}
+    register(settings, pipeline(settings, "two", retired), "two", model="films")
+    pipeline(settings, "three", {"prepare": "of-a-training-that-runs"}, runs=True)
+    pipeline(settings, "four", {"prepare": "of-an-evaluation-of-yesterday"}, days=1)
+    pipeline(settings, "five", {"prepare": "of-a-pipeline-long-ago"})
+    gone = {
+        output(settings, "ingest", "hour-1"),
+        output(settings, "ingest", "hour-2"),
+        output(settings, "validate", "hour-1-of-the-shop", run="shop"),
+        output(settings, "prepare", "of-a-pipeline-long-ago"),
+    }
+
+    assert {(one.step, one.key) for one in prune(settings, KEEP, dry_run=True)} == gone
+    said = capsys.readouterr().out
+    assert "would free 0.0 MB, 4 outputs" in said
+    assert "hour-1-of-the-shop" in said
+    assert left(settings) == kept | gone
+
+    assert {(one.step, one.key) for one in prune(settings, KEEP)} == gone
+    said = capsys.readouterr().out
+    assert "kept 11: " in said
+    for reason in ("3 of registered versions", "2 of pipelines at work", "1 of these settings", "1 younger"):
+        assert reason in said
+    assert left(settings) == kept
+    assert [bytes_left(settings, *one) for one in gone] == [0] * len(gone)
+    assert prune(settings, KEEP) == []
+
+
+def test_what_is_being_written_is_left_alone(settings: Settings, capsys: pytest.CaptureFixture[str]):
+    output(settings, "ingest", "old")
+    output(settings, "ingest", "written-anew")
+    output(settings, "ingest", "newest", days=30)
+    hold = (
+        "import sys; from hllm.artifacts import Store\n"
+        "with Store(sys.argv[1]).lock('ingest', 'written-anew'):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", hold, settings.run.root]
+    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        assert [one.key for one in prune(settings, KEEP)] == ["old"]
+    finally:
+        holder.communicate("")
+    assert "left alone: " in capsys.readouterr().err
+    assert left(settings) == {("ingest", "written-anew"), ("ingest", "newest")}
+
+
+def test_an_mlflow_that_does_not_know_the_versions_of_these_outputs_is_refused(
+    settings: Settings, migrated: Path, tmp_path: Path
+):
+    there = {output(settings, "prepare", "of-version-1"), output(settings, "prepare", "newest", days=20)}
+    run = pipeline(settings, "one", {"prepare": "of-version-1"})
+    version = register(settings, run, "one")
+
+    other = tmp_path / "other.db"
+    shutil.copy(migrated, other)
+    wrong = settings.mlflow.model_copy(update={"tracking_uri": f"sqlite:///{other}"})
+    with pytest.raises(ConfigError, match="does not know what hllm version 1 was made from"):
+        prune(settings.model_copy(update={"mlflow": wrong}), KEEP)
+    assert left(settings) == there
+
+    client = server.client(settings)
+    client.delete_model_version("hllm", str(version))
+    assert prune(settings, KEEP) == []  # its run is still there, and says what it was made from
+    client.delete_run(run)
+    assert [one.key for one in prune(settings, KEEP)] == ["of-version-1"]
+
+
+def test_a_pipelines_run_names_its_outputs_from_its_first_step_on(settings: Settings):
+    with tracking.child_run(settings, "pipeline", "ingest", {}) as tracker:
+        tracker.belongs_to({"ingest": "k1", "prepare": "k2"})
+        tags = server.client(settings).get_run(tracker.parent).data.tags
+    assert (tags["hllm.output.ingest"], tags["hllm.output.prepare"]) == ("k1", "k2")
+
+
+def test_after_it_what_serves_is_refreshed_from_what_it_was_made_from(trained, tiny_source, tmp_path: Path):
+    """All of it is old: the training, two days that were read since, and today."""
+    root = shutil.copytree(trained.settings.run.root, tmp_path / "root")
+    run = trained.settings.run.model_copy(update={"root": str(root)})
+    copied = replace(trained, settings=trained.settings.model_copy(update={"run": run}))
+    served = serve(copied, tmp_path)
+    columns, events = catalogue(tiny_source), list(tiny_source.events)
+    days = []
+    for day in ("monday", "tuesday", "today"):
+        for name, value in (("item_id", day), ("title", f"New on {day}"), ("genre", None)):
+            columns[name].append(value)
+        events.append(("u3", day, 1_700_000_000 + len(days)))
+        days.append(go_on(served, tmp_path / day, events, **columns))
+    for path in root.glob("*/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        long_ago = datetime.fromisoformat(manifest["created_at"]) - timedelta(days=40)
+        path.write_text(json.dumps(manifest | {"created_at": long_ago.isoformat()}))
+
+    gone = {(step, keys(day)[step]) for day in days[:2] for step in ("ingest", "validate")}
+    assert {(one.step, one.key) for one in prune(days[2], 1)} == gone
+    refresh(days[2], "items")
+    refresh(days[2], "users")
+    done = [one.manifest.rows for one in refreshed(days[2], 1)]
+    assert done == [{"items": 3}, {"users": 1}]
+    verify(days[2], "1")
+    assert prune(days[2], 1) == []

@@ -114,7 +114,8 @@ def _encode(settings: Settings, train: Path, prepared: Prepared, items: int) -> 
 class Log:
     """Today's log beside what the vectors of a version have read of it.
 
-    `vectors_ID` belongs to `item_ids`: the package's items, with those that were refreshed since.
+    `vectors_ID` belongs to `item_ids`: the package's items, with those that were refreshed since. Of a
+    user's latest events as many are read as the package reads (`max_history`), not as the settings say now.
     """
 
     def __init__(
@@ -124,8 +125,9 @@ class Log:
         item_ids: pa.Array,
         vectors_ID: npt.NDArray[np.float32],
         until: int,
+        max_history: int,
     ) -> None:
-        self.db, self.vectors_ID = db, vectors_ID
+        self.db, self.vectors_ID, self.max_history = db, vectors_ID, max_history
         places = pa.array(np.arange(len(item_ids), dtype=np.int32))
         items = pa.table({"item_id": item_ids, "item_index": places})
         db.register("known_items", items)
@@ -207,7 +209,7 @@ class Log:
                     PARTITION BY number ORDER BY timestamp DESC, row DESC) AS back
                 FROM log JOIN (SELECT number, user_id FROM chosen WHERE {here}) USING (user_id)
                 WHERE timestamp <= {int(until)}
-            ) WHERE back <= {settings.embed.max_history} ORDER BY number, timestamp, row
+            ) WHERE back <= {self.max_history} ORDER BY number, timestamp, row
             """
         ).fetchnumpy()
         lengths_U = np.bincount(np.asarray(events["number"], np.int64) - begin, minlength=users)

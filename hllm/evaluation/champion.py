@@ -26,7 +26,7 @@ def rank_package(prepared: Prepared, package: Any, settings: Settings, held_out:
     among, known_ids = among.take(rows), [ids[item] for item in np.flatnonzero(known_I)]
     users_RD = np.concatenate(
         [
-            np.asarray(package.interest_vectors(*_histories(among, block, known_ids, settings)), np.float32)
+            np.asarray(package.interest_vectors(*_histories(among, block, known_ids)), np.float32)
             for block in among.blocks(settings.embed.users_per_batch)
         ]
     )
@@ -45,7 +45,7 @@ def score_package(
     row_of = {item_id: row for row, item_id in enumerate(package.item_ids)}
     scores = np.full(len(held_out), np.nan)
     for block in held_out.blocks(settings.embed.users_per_batch):
-        histories, times, asked = _histories(held_out, block, ids, settings)
+        histories, times, asked = _histories(held_out, block, ids)
         items = [ids[item] for item in held_out.targets_R[block]]
         if package.objective != "generative":
             found = package.scores(histories, [[item] for item in items], times, asked)
@@ -61,12 +61,14 @@ def score_package(
 
 
 def _histories(
-    held_out: HeldOut, block: slice, ids: list[str], settings: Settings
+    held_out: HeldOut, block: slice, ids: list[str]
 ) -> tuple[list[list[str]], list[list[int]], list[int]]:
-    """Ids and times of the latest events before each held-out one, oldest first, and its own time."""
-    ends = held_out.positions_R[block]
-    starts = np.maximum(held_out.starts_R[block], ends - settings.embed.max_history)
-    spans = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    """Ids and times of all events before each held-out one, oldest first, and its own time. The package takes
+    as many of them as it reads, which today's settings do not know."""
+    spans = [
+        slice(start, end)
+        for start, end in zip(held_out.starts_R[block], held_out.positions_R[block], strict=True)
+    ]
     return (
         [[ids[item] for item in held_out.event_items[span]] for span in spans],
         [held_out.event_times[span].tolist() for span in spans],

@@ -74,7 +74,7 @@ def _users(settings: Settings, prepared: Prepared, candidate: Package, champion:
     users = prepared.user_table(["user_id"])["user_id"].to_pylist()
     histories, times, moments = [], [], np.full(len(asked), int(prepared.event_times.max()))
     for user in asked:
-        span = slice(max(offsets[user], offsets[user + 1] - settings.embed.max_history), offsets[user + 1])
+        span = slice(offsets[user], offsets[user + 1])  # each package takes as much of it as it reads
         histories.append([ids[item] for item in prepared.event_items[span]])
         times.append(prepared.event_times[span].tolist())
     seen = [{ids[item] for item in prepared.event_items[offsets[user] : offsets[user + 1]]} for user in asked]

@@ -82,6 +82,7 @@ class _BackFill:
         from hllm.data import duck
         from hllm.embedding.refresh import Log
         from hllm.models.load import load_user_model
+        from hllm.models.package import Package
         from hllm.registry.tracking import version_run
 
         settings, outputs = self.settings, Store(self.settings.run.root)
@@ -90,11 +91,13 @@ class _BackFill:
             self._mark(trained_until)
         table = outputs.fetch("validate", validated(settings).key) / "interactions.parquet"
         ids, vectors_ID = items_of(self.export, refreshed(settings, self.info.version))
-        model = load_user_model(self.export.folder / "package").to(device())
+        package = self.export.folder / "package"
+        model = load_user_model(package).to(device())
         span = {"from": self.days[0].isoformat(), "to": self.days[-1].isoformat()}
         scratch = outputs.folder(STEP, f"v{self.info.version}-backfill") / WORK
         with version_run(settings, self.info, "backfill", span), duck.connect(scratch) as db:
-            log = Log(db, table, ids, vectors_ID, int(_end(self.days[-1]).timestamp()) - 1)
+            until = int(_end(self.days[-1]).timestamp()) - 1
+            log = Log(db, table, ids, vectors_ID, until, Package.open(package).max_history)
             for day in self.days:
                 start = None if day == self.days[0] else int(_end(day).timestamp()) - 86_400
                 key = f"v{self.info.version}-backfill-{day}{'-inside-training' if day in leaking else ''}"

@@ -248,15 +248,17 @@ class Refresh:
         from hllm.data import duck
         from hllm.embedding.refresh import Log
         from hllm.models.load import load_user_model
+        from hllm.models.package import Package
 
+        package = self.export.folder / "package"
         ids, vectors_ID = items_of(self.export, self.before)
         published = [self.export.files(USER)]
         published += [one.files(USER) for one in self.before if one.kind == "users" and one.entities]
         until = int(as_of.timestamp())
         with duck.connect(self.folder / WORK, self.settings.run.threads) as db:
-            log = Log(db, self._log(), ids, vectors_ID, until)
+            log = Log(db, self._log(), ids, vectors_ID, until, Package.open(package).max_history)
             if log.choose_changed(published):
-                model = load_user_model(self.export.folder / "package").to(device())
+                model = load_user_model(package).to(device())
                 log.write_users(self.settings, model, self.folder, until)
 
     def _see_all_files(self, store: Any) -> None:

@@ -56,6 +56,11 @@ class Package:
         return json.loads((self.folder / "model.json").read_text("utf-8"))
 
     @property
+    def max_history(self) -> int:
+        """The latest events that it reads of a history."""
+        return int(self.shape["max_history"])
+
+    @property
     def family(self) -> str:
         return str(self.shape["family"])
 
@@ -206,7 +211,7 @@ class Package:
         from hllm.embedding.histories import Histories
         from hllm.models.history import UNKNOWN_TIME
 
-        most = int(self.shape["max_history"])
+        most = self.max_history
         known = [items[-most:] for items in self.known(histories)]
         lengths = np.array([len(items) for items in known], np.int64)
         moments = np.full(int(lengths.sum()), UNKNOWN_TIME)

@@ -38,6 +38,8 @@ def test_items_are_matched_by_id_whatever_their_order(prepared):
     )
     ranks = rank_by_vectors(users, vectors, held_out)
     assert found["rank_filtered"].to_pylist() == ranks.filtered_R.tolist()
+    candidates = Settings.model_validate({**SETTINGS.model_dump(), "embed": {"max_history": 1}})
+    assert evaluate_package(prepared, same, candidates)[1].equals(expected)  # it reads as far as ever
 
 
 def test_items_that_the_champion_never_saw_rank_last(prepared):

@@ -264,5 +264,5 @@ def test_an_encoder_whose_positions_count_differently_is_refused(tmp_path: Path)
     RobertaConfig(vocab_size=20, hidden_size=16, num_attention_heads=2, intermediate_size=16).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ConfigError, match="roberta is an encoder whose positions have not been checked"):
+    with pytest.raises(ConfigError, match="nobody has checked that roberta is read"):
         build_decoder(Decoder(backbone=str(tmp_path), pretrained=False), 0)

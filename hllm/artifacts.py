@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -310,8 +310,8 @@ class Store:
             file.truncate(0)
             since = datetime.now(UTC).isoformat(timespec="seconds")
             who = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-            file.write(who)
-            file.flush()
+            with suppress(OSError):  # on a full disk it holds without a word, so that outputs can be removed
+                os.write(file.fileno(), who.encode())
             if not self.remote:
                 yield
                 return

@@ -450,7 +450,7 @@ def _command(debug: bool) -> Iterator[None]:
         if _disk_is_full(error):
             _say_last(
                 f"the disk is full: {' '.join(str(error).split())}\n"
-                "  Free some (outputs, HOME's .cache/hllm, /tmp); in a cluster ask for more: runner.pod.disk."
+                "  Free some (`hllm prune`, ~/.cache/hllm, /tmp); in a cluster ask for more: runner.pod.disk."
             )
             raise SystemExit(InfraError.exit_code) from None
         _say_last(

@@ -171,9 +171,8 @@ def _disk(settings: Settings) -> Finding:
     free = shutil.disk_usage(folder).free / GIB
     if not os.access(folder, os.W_OK):
         return Finding("disk", MISSING, f"{folder} is not writable", "Name another folder in run.root.")
-    return _enough(
-        "disk", free, DISK_GIB, f"{free:.0f} GiB are free in {folder}", "Free some, or move run.root."
-    )
+    remedy = "Free some (`hllm prune`), or move run.root."
+    return _enough("disk", free, DISK_GIB, f"{free:.0f} GiB are free in {folder}", remedy)
 
 
 def _enough(what: str, free: float, needed: float, said: str, remedy: str) -> Finding:

@@ -29,15 +29,21 @@ print(held[200], held[-1])
 HLLM = str(Path(sys.executable).with_name("hllm"))
 
 
-def on_a_full_disk(folder: Path, *argv: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a mount namespace of its own, with 64 KiB of room in `folder`."""
+def apart(folder: Path, script: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script, which may mount something at `folder`, in a mount namespace of its own."""
     folder.mkdir()
-    script = 'mount -t tmpfs -o size=64k none "$1" && head -c 60k /dev/zero >"$1/rest"; shift; exec "$@"'
-    apart = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
-    if subprocess.run([*apart, "mount", "-t", "tmpfs", "none", str(folder)], capture_output=True).returncode:
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    mount = ["mount", "-t", "tmpfs", "none", str(folder)]
+    if subprocess.run([*unshare, *mount], capture_output=True).returncode:
         pytest.skip("this machine allows no mounts of one's own")
-    whole = [*apart, "sh", "-c", script, "sh", str(folder), *argv]
+    whole = [*unshare, "sh", "-c", script, "sh", *args]
     return subprocess.run(whole, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def on_a_full_disk(folder: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command with 64 KiB of room in `folder`."""
+    script = 'mount -t tmpfs -o size=64k none "$1" && head -c 60k /dev/zero >"$1/rest"; shift; exec "$@"'
+    return apart(folder, script, str(folder), *argv, **environment)
 
 
 def test_a_full_disk_is_a_matter_for_a_retry_and_says_so(tmp_path: Path, tiny_source: TinySource) -> None:
@@ -47,7 +53,7 @@ def test_a_full_disk_is_a_matter_for_a_retry_and_says_so(tmp_path: Path, tiny_so
     ended = on_a_full_disk(
         tmp_path / "small",
         *(HLLM, "ingest", "--config", str(tmp_path / "hllm.toml")),
-        environment={"HLLM_TERMINATION_LOG": str(words)},
+        HLLM_TERMINATION_LOG=str(words),
     )
     assert ended.returncode == 75, ended.stdout + ended.stderr
     assert words.read_text("utf-8").startswith("the disk is full: ")

@@ -27,6 +27,8 @@ from hllm.settings import Settings
 from hllm.steps import keys
 from tests.conftest import S3
 from tests.features.refreshing import catalogue, go_on, serve
+from tests.test_cli import HLLM, apart
+from tests.world import toml
 
 KEEP = 14
 
@@ -170,6 +172,24 @@ def test_what_is_being_written_is_left_alone(settings: Settings, capsys: pytest.
         holder.communicate("")
     assert "left alone: " in capsys.readouterr().err
     assert left(settings) == {("ingest", "written-anew"), ("ingest", "newest")}
+
+
+def test_a_full_disk_gets_room(tmp_path: Path, tiny_settings: Callable[..., Settings], migrated: Path):
+    """Outputs and MLflow's database on one disk, on which nothing can be written any more."""
+    full, start = tmp_path / "full", tmp_path / "start"
+    settings = tiny_settings(**{"run.root": str(start / "runs")})
+    output(settings, "ingest", "old")
+    output(settings, "ingest", "newest", days=30)
+    shutil.copy(migrated, start / "mlflow.db")
+    moved = {"run.root": str(full / "runs"), "mlflow.tracking_uri": f"sqlite:///{full}/mlflow.db"}
+    (tmp_path / "hllm.toml").write_text(toml(tiny_settings(**moved).model_dump(mode="json")))
+    script = (
+        'mount -t tmpfs -o size=8m none "$1" && cp -r "$2"/. "$1" && cat /dev/zero 2>/dev/null >"$1/rest"\n'
+        '"$3" prune --config "$4" && ls "$1/runs/ingest"'
+    )
+    done = apart(full, script, str(full), str(start), HLLM, str(tmp_path / "hllm.toml"))
+    assert "freed 0.0 MB, 1 outputs" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "newest"
 
 
 def test_an_mlflow_that_does_not_know_the_versions_of_these_outputs_is_refused(

@@ -179,6 +179,10 @@ class Spread:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=Computation(model, bf16), optimizer=optimizer, config=config
         )
+        if level == 3 and self.optimizer.persistent_parameters:
+            # The small ones, which it has whole from its first step on: whoever validates before reads them.
+            small = self.optimizer.persistent_parameters
+            small[0].all_gather(small)
         self.run: Run = self.engine
         self.last = Seen(math.nan, math.nan, -1, math.nan, math.nan)
 

@@ -6,10 +6,13 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from hllm.data.prepared import Prepared, write_arrays
@@ -72,6 +75,22 @@ def labelled(prepared: Prepared) -> Prepared:
     """The same, and two of three events say whether the user liked the item."""
     labels = np.random.default_rng(0).choice([-1, 0, 1], len(prepared.event_items)).astype(np.int8)
     return dataclasses.replace(prepared, event_labels=labels)
+
+
+@contextmanager
+def matrices_spread() -> Iterator[None]:
+    """DeepSpeed leaves weights of fewer than 100,000 numbers whole in every process: here that were all."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def spreading(**given: Any) -> Any:
+        given["config"]["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+        return initialize(**given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed, "initialize", spreading)
+        yield
 
 
 def on_ranks(function: str, folder: Path, count: int = 2, **environment: str) -> list[str]:

@@ -30,15 +30,13 @@ from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.train import prepare_layers
 from tests.models.test_packing import CONFIGS, LENGTHS, SHAPE
-from tests.training.world import labelled, prepared_of, tiny_hllm
+from tests.training.world import ADAPTED, FEATURES, labelled, prepared_of, tiny_hllm
 
 BERT = BertConfig(**{name: size for name, size in SHAPE.items() if name != "num_key_value_heads"})
-FEATURES = {"time": "hour", "time_width": 4, "item_id": True}
-ADAPTED = {"item_llm": {"lora_rank": 2}, "user_llm": {"lora_rank": 2}}
 HLLMS: dict[str, dict[str, Any]] = {
     "generative": {},
-    "early-fusion": {"objective": "early_fusion", "user_features": FEATURES},
-    "late-fusion": {"objective": "late_fusion", "user_features": FEATURES},
+    "early-fusion": {"objective": "early_fusion", **FEATURES},
+    "late-fusion": {"objective": "late_fusion", **FEATURES},
     "all-else": {"whiten": True, "dropout": 0.1, "item_vector": "mean", **ADAPTED},
 }
 FEW, MANY = 1, 3

@@ -23,9 +23,25 @@ from hllm.training.batches import Batches
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import Trained, fit, share_of_peak
 from hllm.training.updates import parameter_groups
-from tests.training.world import prepared_of, tiny_model
+from tests.training.world import ADAPTED, FEATURES, labelled, prepared_of, tiny_hllm, tiny_model
 
 STAGE = Stage(history_length=8, batch_size=4, negatives=10, steps=20, lr=3e-3)
+KINDS: dict[str, dict[str, Any]] = {
+    "adapted, told of times and IDs, judging late": {
+        "objective": "late_fusion",
+        "whiten": True,
+        "dropout": 0.1,
+        **FEATURES,
+        **ADAPTED,
+    },
+    "over frozen items, judging early": {
+        "objective": "early_fusion",
+        "item_llm": {"frozen": True},
+        "whiten": True,
+        "dropout": 0.1,
+        **FEATURES,
+    },
+}
 
 
 @pytest.fixture
@@ -92,6 +108,22 @@ def test_ten_steps_a_stop_and_ten_more_equal_twenty(prepared: Prepared, tmp_path
     continued = run(prepared, tmp_path / "parts", second, stage)
     assert_identical(whole, second)
     assert (continued.first_loss, continued.last_loss) == (uninterrupted.first_loss, uninterrupted.last_loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_parts_a_stop_changes_nothing_of_what_any_kind_of_llms_learns(
+    kind: str, prepared: Prepared, tmp_path: Path
+):
+    data = labelled(prepared)
+    stage = STAGE.model_copy(update={"steps": 6, "accumulate": 2})
+    before, whole, stopped, second = (tiny_hllm(data, layers=1, **KINDS[kind]) for _ in range(4))
+    uninterrupted = run(data, tmp_path / "whole", whole, stage)
+    with pytest.raises(Terminated):
+        run(data, tmp_path / "parts", stopped, stage, stop_after=3)
+    assert run(data, tmp_path / "parts", second, stage).last_loss == uninterrupted.last_loss
+    assert_identical(whole, second)
+    for name, parameter in before.named_parameters():
+        assert torch.equal(parameter, whole.state_dict()[name]) != parameter.requires_grad, name
 
 
 def test_the_best_weights_survive_a_stop(prepared: Prepared, tmp_path: Path):

@@ -20,11 +20,9 @@ from hllm.models.recommender import Recommender
 from hllm.processes import joined, place
 from hllm.training.train import prepare_layers, validation_auc, validation_ndcg
 from tests.training.test_distributed import STAGE, assert_alike, keep, prepared, trained
-from tests.training.world import labelled, matrices_spread, on_ranks, tiny_hllm
+from tests.training.world import ADAPTED, FEATURES, labelled, matrices_spread, on_ranks, tiny_hllm
 
 LEVELS = (1, 2, 3)
-FEATURES = {"user_features": {"time": "hour", "time_width": 4, "item_id": True}}
-ADAPTED = {"item_llm": {"lora_rank": 2}, "user_llm": {"lora_rank": 2}}
 FROZEN = {"item_llm": {"frozen": True}}
 LATE_AND_ALL = {"objective": "late_fusion", "dropout": 0.1, "whiten": True, **FEATURES, **ADAPTED}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

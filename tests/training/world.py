@@ -25,6 +25,10 @@ from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Decoder, Settings
 from tests.conftest import free_port
 
+FEATURES = {"user_features": {"time": "hour", "time_width": 4, "item_id": True}}
+ADAPTED = {"item_llm": {"lora_rank": 2}, "user_llm": {"lora_rank": 2}}
+"""Settings of the model that are more than two plain towers."""
+
 
 def prepared_of(folder: Path, lengths: list[int], items: int, seed: int = 0) -> Prepared:
     """Users with histories of the given lengths; the last two events of those with three or more are held

@@ -53,6 +53,9 @@ class Step:
     """Raised when the step's code changes what it writes."""
 
 
+UNDECISIVE = {"checkpoint_minutes", "keep_checkpoints", "batch_rows"}
+"""How often work is saved, how much of a table is read at a time: whoever continues a run may change them."""
+
 FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,), "hstu": (1,)}
 """Family -> its training stages."""
 
@@ -134,7 +137,11 @@ def steps(settings: Settings) -> dict[str, Step]:
     for family in dict.fromkeys((settings.model.family, *settings.model.baselines)):
         for stage in stages_of(settings, family):
             decides = _TRAIN_DECIDES[family, stage]
-            if settings.at(decides[-1]).evaluate_every:  # validation reads as much history as inference does
+            trained = settings.at(decides[-1])
+            # Validation reads as far as inference does; ID-based models at most as far as they learn.
+            if trained.evaluate_every and (
+                family == "hllm" or settings.embed.max_history < trained.history_length
+            ):
                 decides += ("embed.max_history",)
             if settings.train.share < 1:
                 decides += ("train.share",)
@@ -231,7 +238,7 @@ def settings_of(step: Step, settings: Settings) -> dict[str, Any]:
     """The values that decide a step's output."""
     values = {dotted: settings.at(dotted) for dotted in step.decides}
     return {
-        dotted: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        dotted: value.model_dump(mode="json", exclude=UNDECISIVE) if hasattr(value, "model_dump") else value
         for dotted, value in values.items()
     }
 

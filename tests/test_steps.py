@@ -53,7 +53,11 @@ def test_a_setting_changes_the_keys_of_what_depends_on_it_and_of_nothing_else(
     assert prepare == set(before) - {"ingest", "validate"}
     stage2 = changed(before, keys(tiny_settings(**{"train.stage2.lr": 0.5})))
     assert {"train-hllm-2", "embed-hllm-3", "evaluate"} == stage2
-    assert changed(before, keys(tiny_settings(**{"data.batch_rows": 9}))) == set(before)
+    assert changed(before, keys(tiny_settings(**{"data.positive_rating": 3.5}))) == set(before)
+    # Who fears for a machine saves more often, and goes on from what was saved.
+    frugal = {"train.stage1.checkpoint_minutes": 0.5, "train.sasrec.keep_checkpoints": 1}
+    frugal |= {"data.batch_rows": 9}
+    assert changed(before, keys(tiny_settings(**frugal))) == set()
     longer = {"embed.max_history": 33}
     assert changed(before, keys(tiny_settings(**longer))) == {"embed-hllm-3", "evaluate"}
 
@@ -86,6 +90,13 @@ def test_the_history_that_validation_reads_belongs_to_the_model_it_chooses(
     before = keys(tiny_settings(**chosen))
     after = keys(tiny_settings(**chosen, **{"embed.max_history": 33}))
     assert changed(before, after) == {"train-hllm-2", "embed-hllm-3", "evaluate"}
+    # SASRec never reads more than it learned from.
+    chosen = {"train.sasrec.evaluate_every": 2, "train.sasrec.history_length": 8}
+    before, most, fewer = (
+        keys(tiny_settings(**chosen, **{"embed.max_history": longest})) for longest in (33, 8, 7)
+    )
+    assert changed(before, most) == {"embed-hllm-3", "evaluate"}
+    assert "train-sasrec-1" in changed(most, fewer)
 
 
 def test_other_data_changes_every_key(tiny_settings: TinySettings, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 R impressions (a user was shown an item and liked it or not), U users, S distinct scores, B bootstrap samples.
 
 AUC: how often a liked impression scores above one that was not liked; equal scores count half. UAUC: the mean
-of the users' own AUCs. WUAUC: the same weighted by the users' impressions (LEARN, arXiv 2405.03988). A user
-whose impressions are all liked, or none, has no AUC and counts in AUC only.
+of the users' own AUCs. WUAUC: the same weighted by the users' impressions (LEARN, arXiv 2405.03988; tables 13
+and 14 of HLLM have AUC alone). A user whose impressions are all liked, or none, has no AUC of their own and
+counts in AUC only.
 
 Intervals come from drawing users with replacement, as in `hllm.evaluation.metrics`: the impressions of one
 user are not independent. The same seed draws the same users, so two models on the same impressions are

@@ -1,4 +1,4 @@
-"""Discriminative recommendation (HLLM): would this user like this candidate? Two ways to bring them together.
+"""Discriminative recommendation (HLLM, section 3.3): would this user like this candidate? Two forms.
 
 Early fusion: the candidate is appended to the history, the User LLM's output there goes through a head. The
 more accurate form; the User LLM runs for every candidate (over its position alone, see `hllm.models.probes`).
@@ -25,7 +25,7 @@ def head(width: int, inner: int) -> nn.Sequential:
 
 
 class EarlyFusion(nn.Module):
-    """The prediction head over the User LLM's output at the candidate."""
+    """The prediction head over the User LLM's output at the candidate (HLLM, section 3.3; tables 13, 14)."""
 
     name = "early_fusion"
 
@@ -39,7 +39,7 @@ class EarlyFusion(nn.Module):
 
 
 class LateFusion(nn.Module):
-    """The [USER] vector, and the prediction head over a user's and a candidate's vector.
+    """The [USER] vector, and the prediction head over a user's and a candidate's vector (HLLM, section 3.3).
 
     To an MLP of both vectors and their product comes their cosine with a learned weight: the inner product
     that the feature store computes of published vectors then means something by itself.
@@ -70,7 +70,8 @@ def in_full(head: nn.Sequential, inputs_PI: Tensor) -> Tensor:
 
 
 def classification(logits_T: Tensor, labels_T: Tensor) -> Tensor:
-    """L_cls: mean binary cross entropy over the targets with a label of 0 or 1; others do not count."""
+    """L_cls (HLLM, section 3.3): mean binary cross entropy over the targets with a label of 0 or 1; others do
+    not count."""
     known_T = (labels_T >= 0).float()
     with torch.autocast(logits_T.device.type, enabled=False):
         losses_T = F.binary_cross_entropy_with_logits(

@@ -33,7 +33,7 @@ READ_TOGETHER = 256
 
 
 class TextItems(nn.Module):
-    """The Item LLM (HLLM): prompt and text, then the learned [ITEM] vector, whose last hidden
+    """The Item LLM (HLLM, section 3.2): prompt and text, then the learned [ITEM] vector, whose last hidden
     state is the item; or (table 10) the mean of the text's last hidden states, without [ITEM].
 
     Only word embeddings of tokens that the catalogue uses are trained: the others would never receive a

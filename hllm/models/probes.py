@@ -1,7 +1,7 @@
 """Probes: positions beside a history that read its first events and themselves, and that nobody else sees.
 
-Discriminative recommendation (HLLM) appends something to a history and judges by the output there: the
-candidate itself (early fusion) or the learned [USER] vector (late fusion). Appended as a probe, it leaves the
+Discriminative recommendation (HLLM, section 3.3) appends something to a history and judges by the output
+there: the candidate itself (early fusion) or the learned [USER] vector (late fusion). A probe leaves the
 history's own outputs as they are. So one pass over a training window judges every event of it, each from the
 events before it, beside the generative loss; and one pass over a user's history judges any number of
 candidates.

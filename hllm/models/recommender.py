@@ -120,7 +120,7 @@ class Recommender(nn.Module):
         return bounded.exp()
 
     def loss(self, batch: Batch) -> Tensor:
-        """Generative: L_gen, the mean InfoNCE over the batch's targets. Discriminative:
+        """HLLM, section 3.3. Generative: L_gen, the mean InfoNCE over the batch's targets. Discriminative:
         L_dis = lambda L_gen + L_cls, with lambda `generative_weight`. Every distinct item is encoded once."""
         return self(batch, batch.distinct_K, self.item_vectors(batch.distinct_K))
 
@@ -192,7 +192,7 @@ def info_nce(
     excluded_TN: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """L_gen of the HLLM paper with a learned temperature, mean over T; `excluded_TN` are no negatives.
+    """L_gen (HLLM, section 3.3) with a learned temperature, mean over T; `excluded_TN` are no negatives.
 
     False negatives are known by their text. The paper's code masks by the cosine to the target instead, which
     the model can exploit: item vectors that collapse above the limit mask each other, and the loss falls.

@@ -22,7 +22,7 @@ from hllm.models.probes import ProbedPacking, Probes
 
 
 class DecoderUser(nn.Module):
-    """The User LLM (HLLM): a decoder whose word embeddings are replaced by item vectors.
+    """The User LLM (HLLM, section 3.2): a decoder whose word embeddings are replaced by item vectors.
 
     Item vectors have unit length; a learned scale gives them the size that the layers expect. It starts at
     the mean length of a pretrained backbone's word embeddings; with random layers at the root of the width,

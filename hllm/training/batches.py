@@ -15,7 +15,8 @@ from hllm.models.recommender import Batch
 
 
 class Batches:
-    """Windows over the training part of all histories, shuffled anew each epoch."""
+    """Windows over the training part of all histories, shuffled anew each epoch, with the negatives of L_gen
+    (HLLM, section 3.3)."""
 
     def __init__(
         self,

@@ -106,7 +106,7 @@ def prepare_layers(model: Recommender, stage: Stage) -> None:
         if decoder is None:
             continue
         if stage.gradient_checkpointing:
-            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            decoder.activation_checkpointing_enable({"use_reentrant": False})
         if stage.compile:
             compile_layers(decoder)
 

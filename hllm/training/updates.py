@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -158,6 +159,8 @@ class Spread:
                 "or train.zero = 0.",
             ) from None
         logger.setLevel(logging.WARNING)
+        # It calls by their old names what PyTorch has renamed, which would be said at every step.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         os.environ.setdefault("LOCAL_RANK", str(place().local_rank))  # asks for it, also for one process
         if level == 3 and isinstance(model.items, TextItems):
             model.items.remembered = None  # who reads nothing would not be there when weights are gathered

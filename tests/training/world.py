@@ -103,26 +103,27 @@ def on_ranks(function: str, folder: Path, count: int = 2, **environment: str) ->
     module, _, name = function.partition(":")
     script = f"from pathlib import Path; from {module} import {name}; {name}(Path({str(folder)!r}))"
     meeting = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=Path(__file__).parents[2],
-            env=os.environ
-            | meeting
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    said = []
+    said = [folder / f"said-by-{rank}.txt" for rank in range(count)]  # a pipe that nobody reads fills up
+    processes = []
     try:
-        for process in processes:
-            said.append(process.communicate(timeout=300)[0])
-            assert process.returncode == 0, said[-1][-3000:]
+        for rank in range(count):
+            with said[rank].open("w") as file:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", script],
+                        cwd=Path(__file__).parents[2],
+                        env=os.environ
+                        | meeting
+                        | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+                        | environment,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        for process, path in zip(processes, said, strict=True):
+            assert process.wait(timeout=300) == 0, path.read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()
-    return said
+            process.wait()
+    return [path.read_text() for path in said]

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,8 +17,11 @@ from safetensors.torch import load_file
 from hllm.data.prepared import Prepared
 from hllm.embedding.scores import judges
 from hllm.errors import Terminated
+from hllm.models.items import CachedItems
+from hllm.models.load import ID_USERS, new_model
 from hllm.models.recommender import Recommender
 from hllm.processes import joined, place
+from hllm.settings import Settings
 from hllm.training.train import prepare_layers, validation_auc, validation_ndcg
 from tests.training.test_distributed import STAGE, assert_alike, keep, prepared, trained
 from tests.training.world import ADAPTED, FEATURES, labelled, matrices_spread, on_ranks, tiny_hllm
@@ -25,6 +29,7 @@ from tests.training.world import ADAPTED, FEATURES, labelled, matrices_spread, o
 LEVELS = (1, 2, 3)
 FROZEN = {"item_llm": {"frozen": True}}
 LATE_AND_ALL = {"objective": "late_fusion", "dropout": 0.1, "whiten": True, **FEATURES, **ADAPTED}
+SHAPE = {"width": 16, "layers": 1}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "whitening": ({"whiten": True}, {}),
     "features": (FEATURES, {}),
@@ -36,6 +41,9 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frozen-user": ({"user_llm": {"frozen": True}}, {}),
     "towers-of-two-widths": ({"item_llm": {"width": 24}, "item_vector": "mean"}, {}),
     "computed-again": ({"objective": "early_fusion", **ADAPTED}, {"gradient_checkpointing": True}),
+    "second-stage": ({**FEATURES, "user_llm": {"lora_rank": 2}}, {}),
+    "sasrec": ({"sasrec": SHAPE}, {}),
+    "hstu": ({"hstu": SHAPE}, {}),
     "all-at-once": (LATE_AND_ALL, {"accumulate": 2}),
 }
 """Settings of the model and of its stage."""
@@ -47,7 +55,12 @@ def labelled_events(folder: Path) -> Prepared:
 
 def model_of(kind: str, data: Prepared) -> Recommender:
     model, stage = KINDS[kind]
+    if kind in ID_USERS:
+        return new_model(Settings.model_validate({"model": model}), kind, data)
     built = tiny_hllm(data, **model)
+    if kind == "second-stage":
+        vectors = built.item_vectors(np.arange(data.items)).detach().numpy()
+        return Recommender(CachedItems(vectors), built.user, 0.07)
     prepare_layers(built, STAGE.model_copy(update=stage))
     return built
 
@@ -88,7 +101,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("c++"):
         pytest.skip("DeepSpeed compiles its communication on a CPU")
     folder = tmp_path_factory.mktemp("zero")
-    on_ranks(f"{__name__}:as_one_of_two", folder)
+    on_ranks(f"{__name__}:as_one_of_two", folder, seconds=900)
     return folder
 
 

@@ -97,7 +97,9 @@ def matrices_spread() -> Iterator[None]:
         yield
 
 
-def on_ranks(function: str, folder: Path, count: int = 2, **environment: str) -> list[str]:
+def on_ranks(
+    function: str, folder: Path, count: int = 2, seconds: float = 300, **environment: str
+) -> list[str]:
     """`module:function(folder)` in so many processes that know each other, as torchrun would start them; what
     they said."""
     module, _, name = function.partition(":")
@@ -121,7 +123,7 @@ def on_ranks(function: str, folder: Path, count: int = 2, **environment: str) ->
                     )
                 )
         for process, path in zip(processes, said, strict=True):
-            assert process.wait(timeout=300) == 0, path.read_text()[-3000:]
+            assert process.wait(timeout=seconds) == 0, path.read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()

@@ -90,6 +90,7 @@ def fingerprint(backbone: str) -> str:
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]
 
+
 READ_RIGHT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert")
 """Families that tests compare with their own library. The attention of others may see neighbouring texts or
 coming events, or they have dropout of their own: refused rather than read a little wrongly."""
@@ -143,12 +144,21 @@ def build_decoder(settings: Decoder, vocabulary: int) -> Any:
     settings say so (table 2), cut to its first layers.
 
     Returns a `transformers` model whose attention understands packed sequences (`hllm.models.packing`).
+
+    Raises:
+        ConfigError: the backbone is not there, or of a family that no test reads.
     """
     if not settings.backbone:
         return _empty(random_config(settings, vocabulary))
     source = find(settings.backbone)
+    config = shape_of(source)
+    if config.model_type not in READ_RIGHT:
+        raise ConfigError(
+            f"nobody has checked that {config.model_type} is read as its own library reads it",
+            where=f"backbone {settings.backbone}",
+            remedy=TESTED,
+        )
     if not settings.pretrained:
-        config = shape_of(source)
         config.num_hidden_layers = _layers(settings, config)
         return _empty(config)
     whole = load_whole(source)
@@ -275,18 +285,6 @@ def _cut(config: Any) -> Any:
     """A configuration without quantisation (weights are plain), with per-layer lists as long as the stack,
     and without dropout of its own (BERT has some): an item must be the same vector while it is trained,
     remembered, cached and served. `model.dropout` is the User LLM's, and put where it says."""
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ConfigError(
-            f"{config.model_type} caps its attention logits softly, which packed attention does not do",
-            where="backbone",
-            remedy=TESTED,
-        )
-    if config.model_type not in READ_RIGHT:
-        raise ConfigError(
-            f"nobody has checked that {config.model_type} is read as its own library reads it",
-            where="backbone",
-            remedy=TESTED,
-        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if getattr(config, "layer_types", None):

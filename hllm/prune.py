@@ -25,7 +25,7 @@ from tabulate import tabulate
 from hllm.artifacts import Manifest, Store
 from hllm.errors import InfraError
 from hllm.last_words import say
-from hllm.registry.outputs import Output, outputs_at_work, outputs_of_versions
+from hllm.registry.outputs import Output, outputs_at_work, outputs_of_versions, require_known
 from hllm.settings import Settings
 from hllm.steps import keys
 
@@ -36,8 +36,9 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
     """Say what is not needed any more, and remove it unless `dry_run`; returns what that was.
 
     Raises:
-        ConfigError: MLflow does not know the versions that were registered from these outputs, or the source
-            is not there: nothing is removed.
+        ConfigError: MLflow knows none of these outputs, or not the versions that were registered from them:
+            nothing is removed.
+        DataError: the source is not there, or a record is damaged: nothing is removed.
         InfraError: MLflow or the store does not answer.
     """
     store, since = Store(settings.run.root), datetime.now(UTC) - timedelta(days=keep_days)
@@ -46,6 +47,7 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
     going = [each for each in found if (each.step, each.key) not in reasons]
     sizes = {each.key: store.size(each.step, each.key) / 1e6 for each in going}
     if going:
+        require_known(settings, {(each.step, each.key) for each in found})
         rows = [(each.step, each.key, each.created_at[:16], f"{sizes[each.key]:,.1f}") for each in going]
         typer.echo(tabulate(rows, headers=("step", "key", "made", "MB"), disable_numparse=True))
     if not dry_run:

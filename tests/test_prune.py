@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from hllm.artifacts import Manifest, Store, digest_of, file_digests
-from hllm.errors import ConfigError
+from hllm.errors import ConfigError, DataError
 from hllm.features.refresh import refresh
 from hllm.features.refreshed import refreshed
 from hllm.features.verify import verify
-from hllm.objects import is_s3, list_objects
+from hllm.objects import is_s3, list_objects, write_object
 from hllm.prune import STEPS, prune
 from hllm.registry import server, tracking
 from hllm.registry.register import _keep_record
 from hllm.registry.versions import registered_version
 from hllm.settings import Settings
-from hllm.steps import keys
+from hllm.steps import execute, keys, pipeline_key
 from tests.conftest import S3
 from tests.features.refreshing import catalogue, go_on, serve
 from tests.test_cli import HLLM, apart
@@ -157,6 +157,7 @@ def test_what_is_being_written_is_left_alone(settings: Settings, capsys: pytest.
     output(settings, "ingest", "old")
     output(settings, "ingest", "written-anew")
     output(settings, "ingest", "newest", days=30)
+    pipeline(settings, "long-ago", {"ingest": "old"})
     hold = (
         "import sys; from hllm.artifacts import Store\n"
         "with Store(sys.argv[1]).lock('ingest', 'written-anew'):\n"
@@ -182,6 +183,8 @@ def test_a_full_disk_gets_room(tmp_path: Path, tiny_settings: Callable[..., Sett
     output(settings, "ingest", "newest", days=30)
     shutil.copy(migrated, start / "mlflow.db")
     moved = {"run.root": str(full / "runs"), "mlflow.tracking_uri": f"sqlite:///{full}/mlflow.db"}
+    before = moved | {"mlflow.tracking_uri": f"sqlite:///{start}/mlflow.db"}
+    pipeline(tiny_settings(**before), "long-ago", {"ingest": "old"})
     (tmp_path / "hllm.toml").write_text(toml(tiny_settings(**moved).model_dump(mode="json")))
     script = (
         'mount -t tmpfs -o size=8m none "$1" && cp -r "$2"/. "$1" && cat /dev/zero 2>/dev/null >"$1/rest"\n'
@@ -198,6 +201,7 @@ def test_an_mlflow_that_does_not_know_the_versions_of_these_outputs_is_refused(
     there = {output(settings, "prepare", "of-version-1"), output(settings, "prepare", "newest", days=20)}
     run = pipeline(settings, "one", {"prepare": "of-version-1"})
     version = register(settings, run, "one")
+    pipeline(settings, "two", {"prepare": "newest"})
 
     other = tmp_path / "other.db"
     shutil.copy(migrated, other)
@@ -213,11 +217,76 @@ def test_an_mlflow_that_does_not_know_the_versions_of_these_outputs_is_refused(
     assert [one.key for one in prune(settings, KEEP)] == ["of-version-1"]
 
 
+def test_an_mlflow_that_knows_none_of_these_outputs_is_refused(
+    settings: Settings, migrated: Path, tmp_path: Path
+):
+    """Such as the new, empty one of a cron job that was not told of the server; nothing is registered yet."""
+    there = {output(settings, "prepare", "read-now"), output(settings, "prepare", "newest", days=20)}
+    pipeline(settings, "training", {"prepare": "read-now"}, runs=True)
+
+    shutil.copy(migrated, tmp_path / "other.db")
+    wrong = settings.mlflow.model_copy(update={"tracking_uri": f"sqlite:///{tmp_path}/other.db"})
+    asked = settings.model_copy(update={"mlflow": wrong})
+    for _ in ("an empty one", "one of another root with the same source"):
+        for dry_run in (True, False):
+            with pytest.raises(ConfigError, match="no pipeline in it has made any of the outputs"):
+                prune(asked, KEEP, dry_run)
+        run = asked.run.model_copy(update={"root": str(tmp_path / "another")})
+        pipeline(asked.model_copy(update={"run": run}), "training", {"prepare": "read-now"})
+    assert left(settings) == there
+
+    assert prune(settings, KEEP) == []
+    assert left(settings) == there
+
+
+def test_versions_of_others_in_the_same_mlflow_are_no_matter(settings: Settings):
+    output(settings, "prepare", "old")
+    output(settings, "prepare", "newest", days=20)
+    pipeline(settings, "long-ago", {"prepare": "old"})
+    client = server.client(settings)
+    client.create_registered_model("theirs")
+    theirs = client.create_run(client.create_experiment("theirs")).info.run_id
+    elsewhere = {"export": "s3://elsewhere/embed-hllm-3/k", "pipeline": "p"}
+    for tags in ({"export": "onnx"}, elsewhere):
+        client.create_model_version("theirs", source="s3://x/y", run_id=theirs, tags=tags)
+        client.create_model_version("theirs", source="s3://x/y", tags=tags)
+    assert [one.key for one in prune(settings, KEEP, dry_run=True)] == ["old"]
+
+    # One of these outputs whose run does not say what it was made from, as of an earlier release.
+    version = register(settings, theirs, "one")
+    with pytest.raises(ConfigError, match="does not know what hllm version 1 was made from") as error:
+        prune(settings, KEEP)
+    assert "delete it in MLflow, and its folder" in str(error.value)
+    client.delete_model_version("hllm", str(version))
+    with pytest.raises(ConfigError, match="does not know what hllm version 1 was made from"):
+        prune(settings, KEEP)  # it is still recorded beside the outputs
+    assert len(left(settings)) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model": "hllm"}'])
+def test_a_damaged_record_of_a_version_is_named_and_nothing_goes(settings: Settings, content: str):
+    output(settings, "prepare", "old")
+    output(settings, "prepare", "newest", days=20)
+    pipeline(settings, "long-ago", {"prepare": "old"})
+    store = Store(settings.run.root)
+    if store.remote:
+        write_object(f"{store.root}/register/p/registered.json", content.encode())
+    else:
+        (store.local / "register" / "p").mkdir(parents=True)
+        (store.local / "register" / "p" / "registered.json").write_text(content)
+    with pytest.raises(DataError, match=r"register/p/registered\.json: is damaged"):
+        prune(settings, KEEP)
+    assert len(left(settings)) == 2
+
+
 def test_a_pipelines_run_names_its_outputs_from_its_first_step_on(settings: Settings):
-    with tracking.child_run(settings, "pipeline", "ingest", {}) as tracker:
-        tracker.belongs_to({"ingest": "k1", "prepare": "k2"})
-        tags = server.client(settings).get_run(tracker.parent).data.tags
-    assert (tags["hllm.output.ingest"], tags["hllm.output.prepare"]) == ("k1", "k2")
+    execute("ingest", settings)
+    client = server.client(settings)
+    parent = tracking.find_parent(client, settings, pipeline_key(keys(settings)))
+    assert parent
+    tags = client.get_run(parent).data.tags
+    named = {name.removeprefix(tracking.OUTPUT_TAG): tags[name] for name in tags if "hllm.output." in name}
+    assert named == keys(settings)
 
 
 def test_after_it_what_serves_is_refreshed_from_what_it_was_made_from(trained, tiny_source, tmp_path: Path):

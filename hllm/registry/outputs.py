@@ -4,7 +4,7 @@ ones pipelines at work may still read."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -66,28 +66,59 @@ def outputs_of_versions(settings: Settings) -> set[Output]:
     registered from these outputs, until the version and its run are deleted in MLflow.
 
     Raises:
-        ConfigError: MLflow does not know one of them, or not what it was made from.
+        ConfigError: MLflow does not know one of the versions of these outputs, or not what it was made from.
+        DataError: the record of a version is damaged.
     """
     client, store = server.client(settings), Store(settings.run.root)
+    here = {each["run_id"]: f"{each['model']} version {each['version']}" for each in _records(store)}
     found: set[Output] = set()
     with server.mlflow_errors(settings):
-        every = [each for each in _all(partial(client.search_model_versions, "")) if "export" in each.tags]
+        versions = _all(partial(client.search_model_versions, ""))
+        every = [each for each in versions if {"pipeline", "export"} <= each.tags.keys()]
         known = {each.run_id: f"{each.name} version {each.version}" for each in every}
-        left = {each["run_id"]: f"{each['model']} version {each['version']}" for each in _records(store)}
-        for run_id, version in (left | known).items():
-            run = _run(client, run_id)
+        own = [each for each in every if each.tags["export"].startswith(f"{store.root}/")]
+        here |= {each.run_id: f"{each.name} version {each.version}" for each in own}
+        for run_id, version in (known | here).items():
+            run = _run(client, run_id) if run_id else None  # others register models without one
             if run and run.info.lifecycle_stage == "deleted" and run_id not in known:
                 continue
             outputs = _outputs(run) if run else set()
-            if not outputs:
+            if not outputs and run_id in here:
                 raise ConfigError(
                     f"does not know what {version} was made from (its run {run_id})",
                     where=server.shown(server.tracking_uri(settings)),
-                    remedy="Is this the MLflow that these outputs were registered in? If the version is gone "
-                    f"for good, remove its folder in {store.root}/register.",
+                    remedy="Is this the MLflow that these outputs were registered in (MLFLOW_TRACKING_URI)? "
+                    "If it is, and the version serves no more (or was registered by an HLLM that did not "
+                    f"record this): delete it in MLflow, and its folder in {store.root}/register.",
                 )
             found |= outputs
     return found
+
+
+def require_known(settings: Settings, outputs: Collection[Output]) -> None:
+    """Some pipeline in this MLflow has named one of these outputs, under this root: an MLflow that knows
+    nothing of them cannot say which of them are at work.
+
+    Raises:
+        ConfigError: none has.
+    """
+    client, place = server.client(settings), _place(settings.run.root)
+    with server.mlflow_errors(settings):
+        experiments = [each.experiment_id for each in _all(client.search_experiments)]
+        for run in _all(partial(client.search_runs, experiments, "tags.`hllm.root` LIKE '%'")):
+            if _place(run.data.tags["hllm.root"]) == place and not _outputs(run).isdisjoint(outputs):
+                return
+    raise ConfigError(
+        f"no pipeline in it has made any of the outputs in {settings.run.root}",
+        where=server.shown(server.tracking_uri(settings)),
+        remedy="Name the MLflow that your pipelines use: MLFLOW_TRACKING_URI, or mlflow.tracking_uri. "
+        "Pipelines of earlier releases do not count: if it is the right one, run one anew first.",
+    )
+
+
+def _place(root: str) -> str:
+    store = Store(root)
+    return store.root if store.remote else str(store.local.resolve())
 
 
 def outputs_at_work(settings: Settings, since: datetime) -> set[Output]:
@@ -123,11 +154,26 @@ def _records(store: Store) -> Iterator[dict[str, Any]]:
     """What `hllm register` has left beside the outputs, of every version."""
     if store.remote:
         for place in list_objects(f"{store.root}/register/"):
-            if place.endswith("/registered.json") and (content := read_object(place)):
-                yield json.loads(content)
+            if place.endswith("/registered.json") and (content := read_object(place)) is not None:
+                yield _record(content, place)
     else:
         for path in (store.local / "register").glob("*/registered.json"):
-            yield json.loads(path.read_text("utf-8"))
+            yield _record(path.read_bytes(), path)
+
+
+def _record(content: bytes, where: object) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = dict(json.loads(content))
+        if {"run_id", "model", "version"} <= record.keys():
+            return record
+    except (ValueError, TypeError):
+        pass
+    raise DataError(
+        "is damaged: it does not say which version was registered",
+        where=where,
+        remedy="`hllm register` with the settings of that version writes it anew. If the version is gone for "
+        "good, remove the folder.",
+    )
 
 
 def _all(search: Callable[..., Any]) -> Iterator[Any]:

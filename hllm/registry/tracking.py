@@ -192,9 +192,15 @@ class Tracker:
             self._buffer.extend(points)
 
     def belongs_to(self, keys: Mapping[str, str]) -> None:
-        """The pipeline's run names all of its outputs: `hllm prune` keeps those of one at work."""
+        """The pipeline's run names all of its outputs: `hllm prune` keeps those of one at work.
+
+        Raises:
+            ConfigError, InfraError: MLflow does not take it; nothing would keep the inputs while they are
+                read.
+        """
         tags = {f"{OUTPUT_TAG}{step}": key for step, key in keys.items()}
-        self._attempt(lambda: log_tags(self.client, self.parent, tags))
+        with server.mlflow_errors(self.settings):
+            log_tags(self.client, self.parent, tags)
 
     def finish(self, manifest: Manifest) -> None:
         """Row counts and numbers as metrics, other facts as tags, the data set as an input."""

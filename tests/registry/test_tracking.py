@@ -150,6 +150,14 @@ def test_a_killed_step_is_found_and_closed_by_the_next_one(settings: Settings) -
     assert [run.info.status for run in runs(settings)[1]] == ["KILLED", "FINISHED"]
 
 
+def test_a_step_whose_pipeline_cannot_name_its_outputs_does_not_begin(settings: Settings) -> None:
+    """Nothing would keep `hllm prune` from removing what it reads."""
+    with child_run(settings, "p", "train", {}) as tracker:
+        tracker.client.delete_run(tracker.parent)
+        with pytest.raises(ConfigError, match="must be in the 'active' state"):
+            tracker.belongs_to({"prepare": "k"})
+
+
 def version_from(settings: Settings, run_id: str) -> versions.VersionInfo:
     tags = {"pipeline": PIPELINE}
     return versions.VersionInfo("hllm", 7, run_id, "", "", tags, ())

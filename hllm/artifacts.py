@@ -42,6 +42,8 @@ from hllm.objects import (
 )
 
 MANIFEST = "manifest.json"
+USED = ".used"
+"""An empty file in an output: when it was written, a step last relied on that output."""
 WORK = "work"
 """The top folder of an output that is scratch: checkpoints, partial results."""
 
@@ -187,6 +189,28 @@ class Store:
             return object_bytes(f"{self.location(step, key)}/")
         return sum(path.stat().st_size for path in self.folder(step, key).rglob("*") if path.is_file())
 
+    def use(self, step: str, key: str) -> None:
+        """Note that a step relies on an output now: to `hllm prune` it is as young as that. Outputs that may
+        only be read do without, and say so."""
+        try:
+            if self.remote:
+                write_object(f"{self.location(step, key)}/{USED}", b"")
+            else:
+                (self.folder(step, key) / USED).touch()
+        except (OSError, InfraError) as error:
+            said = error.first_line if isinstance(error, InfraError) else error
+            print(f"warning: `hllm prune` will not know of this use: {said}", file=sys.stderr)
+
+    def used(self, step: str, key: str) -> datetime | None:
+        """When a step last relied on an output, if any did after it was made."""
+        try:
+            if self.remote:
+                modified: datetime = head_object(f"{self.location(step, key)}/{USED}")["LastModified"]
+                return modified
+            return datetime.fromtimestamp((self.folder(step, key) / USED).stat().st_mtime, UTC)
+        except (FileNotFoundError, DataError):
+            return None
+
     def carry(self, step: str, key: str, name: str) -> None:
         """Send one whole file of an unfinished output ahead: a process elsewhere need not make it again."""
         if self.remote:
@@ -205,11 +229,9 @@ class Store:
 
     def manifest(self, step: str, key: str) -> Manifest | None:
         """The manifest of a finished output, or None."""
-        folder = self.folder(step, key)
-        found = Manifest.read(folder)
-        if found is None and self.remote:
-            found = _read_remote(f"{self.location(step, key)}/{MANIFEST}")
-        return found
+        if self.remote:  # a copy on this machine may be of an output that was removed since
+            return _read_remote(f"{self.location(step, key)}/{MANIFEST}")
+        return Manifest.read(self.folder(step, key))
 
     def fetch(self, step: str, key: str) -> Path:
         """The local folder of a finished output, downloaded if it lives in S3.

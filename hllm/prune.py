@@ -7,29 +7,29 @@ publication. Kept is
       `hllm rollback` or `hllm publish` goes back to
     - what a pipeline may still read of which a step runs, or has run within `keep_days`
     - what these settings read now, and the newest of each step: for `hllm watch` and the next validation
-    - what is younger than `keep_days`, or being written
+    - what is younger than `keep_days`, or was relied on by a step since (even if no step has run: all that a
+      pipeline has reused so far), or is being written
 Steps find what they read by a key, made from their settings and the source as it is now. So a copy that is
 missed after all is of a source that is still there, and the same commands make it again.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 
 import typer
 from tabulate import tabulate
 
 from hllm.artifacts import Manifest, Store
-from hllm.errors import InfraError
+from hllm.errors import HLLMError
 from hllm.last_words import say
 from hllm.registry.outputs import Output, outputs_at_work, outputs_of_versions, require_known
 from hllm.settings import Settings
-from hllm.steps import keys
-
-STEPS = ("ingest", "validate", "prepare")
+from hllm.steps import PRUNED, keys
 
 
 def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Manifest]:
@@ -42,8 +42,8 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
         InfraError: MLflow or the store does not answer.
     """
     store, since = Store(settings.run.root), datetime.now(UTC) - timedelta(days=keep_days)
-    found = [manifest for step in STEPS for manifest in store.finished(step)]
-    reasons = _reasons(settings, found, since)
+    found = [manifest for step in PRUNED for manifest in store.finished(step)]
+    reasons = _reasons(settings, store, found, since)
     going = [each for each in found if (each.step, each.key) not in reasons]
     sizes = {each.key: store.size(each.step, each.key) / 1e6 for each in going}
     if going:
@@ -51,7 +51,7 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
         rows = [(each.step, each.key, each.created_at[:16], f"{sizes[each.key]:,.1f}") for each in going]
         typer.echo(tabulate(rows, headers=("step", "key", "made", "MB"), disable_numparse=True))
     if not dry_run:
-        going = [each for each in going if _removed(store, each)]
+        going = [each for each in going if _removed(store, each, since)]
     why = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).items())
     say(
         f"prune: {'would free' if dry_run else 'freed'} {sum(sizes[each.key] for each in going):,.1f} MB, "
@@ -60,7 +60,9 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
     return going
 
 
-def _reasons(settings: Settings, found: list[Manifest], since: datetime) -> dict[Output, str]:
+def _reasons(
+    settings: Settings, store: Store, found: list[Manifest], since: datetime
+) -> dict[Output, str]:
     """Why an output is kept; of those that nothing speaks for, nothing."""
     newest = {(each.step, each.facts.get("run")): each for each in found}  # they come oldest first
     young = [each for each in found if datetime.fromisoformat(each.created_at) > since]
@@ -75,21 +77,48 @@ def _reasons(settings: Settings, found: list[Manifest], since: datetime) -> dict
     for each in found:
         output = (each.step, each.key)
         why = next((reason for reason, outputs in rules.items() if output in outputs), "")
+        if not why and _used(store, output, since):
+            why = "used lately"
         if why:
             reasons[output] = why
     return reasons
 
 
-def _removed(store: Store, output: Manifest) -> bool:
-    """Remove it, unless somebody writes it anew; whether it is gone."""
+def _used(store: Store, output: Output, since: datetime) -> bool:
+    last = store.used(*output)
+    return last is not None and last > since
+
+
+def _removed(store: Store, output: Manifest, since: datetime) -> bool:
+    """Remove it, unless somebody writes it anew or has come to need it meanwhile; whether it is gone."""
+    step, key = output.step, output.key
+    folder = store.folder(step, key)
     with ExitStack() as held:
         try:
-            held.enter_context(store.lock(output.step, output.key))
-        except InfraError as error:
+            held.enter_context(store.lock(step, key))
+        except HLLMError as error:
             typer.echo(f"prune: left alone: {error.first_line}", err=True)
             return False
-        store.forget(output.step, output.key)
-    folder = store.folder(output.step, output.key)
+        if why := _hindrance(store, output, since):
+            typer.echo(f"prune: left alone: {store.location(step, key)}: {why}", err=True)
+            return False
+        with suppress(PermissionError):
+            store.forget(step, key)
     if folder.exists():
         typer.echo(f"prune: cannot be removed: {folder}", err=True)
     return not folder.exists()
+
+
+def _hindrance(store: Store, output: Manifest, since: datetime) -> str:
+    """Why it must not be removed after all, or "". Asked while no other process can write it."""
+    if store.manifest(output.step, output.key) != output:
+        return "it was made anew, or removed, meanwhile"
+    if _used(store, (output.step, output.key), since):
+        return "a step has come to need it meanwhile"
+    folder = store.folder(output.step, output.key)
+    if folder.is_symlink():
+        return "it is a link, whose files would stay"
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())] if folder.exists() else []
+    if not all(os.access(each, os.W_OK | os.X_OK) for each in folders):
+        return "not all of it may be removed by this user"
+    return ""

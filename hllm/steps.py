@@ -20,6 +20,7 @@ from typing import Any
 import hllm
 from hllm import launch, processes
 from hllm.artifacts import (
+    MANIFEST,
     WORK,
     Manifest,
     Store,
@@ -55,6 +56,9 @@ class Step:
 
 UNDECISIVE = {"checkpoint_minutes", "keep_checkpoints", "batch_rows"}
 """How often work is saved, how much of a table is read at a time: whoever continues a run may change them."""
+
+PRUNED = ("ingest", "validate", "prepare")
+"""Steps whose outputs `hllm prune` removes when nobody needs them any more."""
 
 FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,), "hstu": (1,)}
 """Family -> its training stages."""
@@ -362,6 +366,7 @@ def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[s
     if done and not force:
         if name.startswith("train-"):  # the only steps that keep anything in S3 before they are finished
             store.tidy(name, key)
+        _use(store, name, key)
         return Outcome(done, reused=True)
     for need in step.needs:
         if store.manifest(need, all_keys[need]) is None:
@@ -371,6 +376,7 @@ def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[s
                 remedy=f"Run `hllm {' '.join(found[need].argv)}` with the same settings first; "
                 "`hllm plan` shows what is missing.",
             )
+        _use(store, need, all_keys[need])
     limit_threads(settings)
     count = launch.wanted(settings) if step.shared and argv is not None else 0
     if argv is not None and count:
@@ -399,6 +405,7 @@ def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, s
         output = store.folder(name, key)
         if force:
             store.forget(name, key)
+        (output / MANIFEST).unlink(missing_ok=True)  # in S3 it may have been removed from elsewhere
         output.mkdir(parents=True, exist_ok=True)
         context = Context(settings, step, key, inputs, output, store)
         meter = Meter()
@@ -435,7 +442,15 @@ def _reused_by_all(done: Manifest, store: Store) -> Outcome:
         raise InfraError(
             "another process has finished this output meanwhile", where=store.location(done.step, done.key)
         )
+    _use(store, done.step, done.key)
     return Outcome(done, reused=True)
+
+
+def _use(store: Store, name: str, key: str) -> None:
+    """A pipeline goes on from this output. MLflow does not know so before a step runs: steps may wait, and
+    inputs take a while to arrive."""
+    if name in PRUNED:
+        store.use(name, key)
 
 
 def _fetch(step: Step, store: Store, all_keys: Mapping[str, str]) -> dict[str, Path]:

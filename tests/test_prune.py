@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,16 +20,16 @@ from hllm.features.refresh import refresh
 from hllm.features.refreshed import refreshed
 from hllm.features.verify import verify
 from hllm.objects import is_s3, list_objects, write_object
-from hllm.prune import STEPS, prune
+from hllm.prune import prune
 from hllm.registry import server, tracking
 from hllm.registry.register import _keep_record
 from hllm.registry.versions import registered_version
 from hllm.settings import Settings
-from hllm.steps import execute, keys, pipeline_key
+from hllm.steps import PRUNED, execute, keys, pipeline_key
 from tests.conftest import S3
 from tests.features.refreshing import catalogue, go_on, serve
 from tests.test_cli import HLLM, apart
-from tests.world import toml
+from tests.world import toml, write_tiny_source
 
 KEEP = 14
 
@@ -65,9 +66,16 @@ def output(settings: Settings, step: str, key: str, days: float = 40, run: str =
     return step, key
 
 
+def settings_of_another_source(settings: Settings, folder: Path) -> Settings:
+    """The same, of another log; under the same root and in the same MLflow."""
+    other = write_tiny_source(folder / "other", seed=6)
+    changed = {"items": str(other.items), "interactions": str(other.interactions)}
+    return settings.model_copy(update={"data": settings.data.model_copy(update=changed)})
+
+
 def left(settings: Settings) -> set[tuple[str, str]]:
     store = Store(settings.run.root)
-    return {(step, one.key) for step in (*STEPS, "train-hllm-1") for one in store.finished(step)}
+    return {(step, one.key) for step in (*PRUNED, "train-hllm-1") for one in store.finished(step)}
 
 
 def bytes_left(settings: Settings, step: str, key: str) -> int:
@@ -279,6 +287,114 @@ def test_a_damaged_record_of_a_version_is_named_and_nothing_goes(settings: Setti
     assert len(left(settings)) == 2
 
 
+def test_what_a_pipeline_has_only_reused_stays(settings: Settings, tmp_path: Path):
+    """Its first steps found all done, so MLflow knows of no run; its training waits in a queue."""
+    first = settings_of_another_source(settings, tmp_path)
+    own = [output(first, step, keys(first)[step]) for step in PRUNED]
+    newer = [output(settings, step, "newest", days=30) for step in PRUNED]
+    pipeline(settings, "long-ago", {"ingest": "newest"})
+    assert len(prune(settings, KEEP, dry_run=True)) == 3
+    assert all(execute(step, first).reused for step in PRUNED)
+    assert prune(settings, KEEP) == []
+    assert left(settings) == {*own, *newer}
+
+
+def test_inputs_stay_while_a_step_fetches_them(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is not in MLflow yet."""
+    first = settings_of_another_source(settings, tmp_path)
+    output(first, "ingest", keys(first)["ingest"])
+    output(settings, "ingest", "newest", days=30)
+    pipeline(settings, "long-ago", {"ingest": "newest"})
+    assert len(prune(settings, KEEP, dry_run=True)) == 1
+
+    class Fetching(Exception):
+        pass
+
+    def fetch(*_: object) -> None:
+        assert prune(settings, KEEP) == []
+        raise Fetching
+
+    monkeypatch.setattr("hllm.steps._fetch", fetch)
+    with pytest.raises(Fetching):
+        execute("validate", first)
+
+
+def test_each_is_looked_at_again_before_it_goes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for key in ("old", "needed", "made-anew"):
+        output(settings, "ingest", key)
+    output(settings, "ingest", "newest", days=30)
+    pipeline(settings, "long-ago", {"ingest": "old"})
+    store = Store(settings.run.root)
+
+    def meanwhile(*_: object) -> None:
+        store.use("ingest", "needed")
+        store.forget("ingest", "made-anew")
+        output(settings, "ingest", "made-anew", days=0)
+
+    monkeypatch.setattr("hllm.prune.require_known", meanwhile)
+    assert [one.key for one in prune(settings, KEEP)] == ["old"]
+    assert left(settings) == {("ingest", key) for key in ("needed", "made-anew", "newest")}
+    said = capsys.readouterr().err
+    assert "ingest/needed: a step has come to need it meanwhile" in said
+    assert "ingest/made-anew: it was made anew, or removed, meanwhile" in said
+
+
+def test_a_link_is_left_alone(
+    tmp_path: Path,
+    tiny_settings: Callable[..., Settings],
+    migrated: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    settings = tiny_settings()
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    there = {output(settings, "ingest", "elsewhere"), output(settings, "ingest", "newest", days=30)}
+    pipeline(settings, "long-ago", {"ingest": "elsewhere"})
+    folder = Store(settings.run.root).folder("ingest", "elsewhere")
+    shutil.move(folder, tmp_path / "big")
+    folder.symlink_to(tmp_path / "big")
+    assert prune(settings, KEEP) == []
+    assert left(settings) == there
+    assert "left alone: " in capsys.readouterr().err
+
+
+def test_what_may_not_be_removed_is_left_alone_whole(
+    tmp_path: Path, tiny_settings: Callable[..., Settings], migrated: Path
+):
+    """A folder in it that cannot be written, as one of another user."""
+    apart_at = tmp_path / "apart"
+    settings = tiny_settings()
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    for key in ("theirs", "whole"):
+        output(settings, "ingest", key)
+    output(settings, "ingest", "newest", days=30)
+    pipeline(settings, "long-ago", {"ingest": "whole"})
+    inside = Store(settings.run.root).folder("ingest", "theirs") / "parts"
+    inside.mkdir()
+    (inside / "part").write_bytes(b"x")
+    (tmp_path / "hllm.toml").write_text(toml(settings.model_dump(mode="json")))
+    script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && exec "$2" prune --config "$3"'
+    done = apart(apart_at, script, str(inside), HLLM, str(tmp_path / "hllm.toml"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "theirs: not all of it may be removed by this user" in done.stderr
+    assert left(settings) == {("ingest", "theirs"), ("ingest", "newest")}
+
+
+def test_a_copy_on_another_machine_is_not_taken_for_what_was_removed(s3: S3, tmp_path: Path):
+    root = s3.bucket("prune-elsewhere")
+    here, elsewhere = (Store(root, cache=tmp_path / name) for name in ("here", "elsewhere"))
+    folder = elsewhere.folder("prepare", "k")
+    folder.mkdir(parents=True)
+    elsewhere.finish(Manifest("prepare", "k", "", "0", "2026-01-01T00:00:00", 1.0, digest_of({})))
+    assert elsewhere.manifest("prepare", "k")
+    with here.lock("prepare", "k"):
+        here.forget("prepare", "k")
+    assert elsewhere.manifest("prepare", "k") is None
+
+
 def test_a_pipelines_run_names_its_outputs_from_its_first_step_on(settings: Settings):
     execute("ingest", settings)
     client = server.client(settings)
@@ -306,6 +422,8 @@ def test_after_it_what_serves_is_refreshed_from_what_it_was_made_from(trained, t
         manifest = json.loads(path.read_text())
         long_ago = datetime.fromisoformat(manifest["created_at"]) - timedelta(days=40)
         path.write_text(json.dumps(manifest | {"created_at": long_ago.isoformat()}))
+    for path in root.glob("*/*/.used"):
+        os.utime(path, (0, 0))
 
     gone = {(step, keys(day)[step]) for day in days[:2] for step in ("ingest", "validate")}
     assert {(one.step, one.key) for one in prune(days[2], 1)} == gone

@@ -145,6 +145,26 @@ def test_a_step_that_another_machine_finishes_meanwhile_is_reused(
         outcome = late.result(30)
     assert outcome.reused
     assert outcome.manifest == made
+    assert other.used("ingest", key), "`hllm prune` would not know that this pipeline goes on from it"
+
+
+def test_what_was_removed_from_s3_is_made_again_and_no_old_copy_is_taken_for_it_meanwhile(
+    tiny_settings: TinySettings, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(**{"run.root": s3.bucket("steps-removed")})
+    store, key = Store(settings.run.root), keys(settings)["ingest"]
+    made = execute("ingest", settings).manifest
+    Store(settings.run.root, cache=tmp_path / "elsewhere").forget("ingest", key)
+    with monkeypatch.context() as patch:
+        patch.setattr("hllm.steps._load", lambda _: lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            execute("ingest", settings)
+    with pytest.raises(DataError, match="ingest has no finished output"):
+        store.fetch("ingest", key)
+    again = execute("ingest", settings)
+    assert not again.reused
+    assert again.manifest.files == made.files
+    assert execute("ingest", settings).reused
 
 
 def test_several_processes_that_come_too_late_end_and_try_again(

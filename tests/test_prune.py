@@ -255,12 +255,16 @@ def test_versions_of_others_in_the_same_mlflow_are_no_matter(settings: Settings)
     client.create_registered_model("theirs")
     theirs = client.create_run(client.create_experiment("theirs")).info.run_id
     elsewhere = {"export": "s3://elsewhere/embed-hllm-3/k", "pipeline": "p"}
-    for tags in ({"export": "onnx"}, elsewhere):
+    for tags in ({"export": "onnx"}, {"export": f"{settings.run.root}/theirs/k"}, elsewhere):
         client.create_model_version("theirs", source="s3://x/y", run_id=theirs, tags=tags)
         client.create_model_version("theirs", source="s3://x/y", tags=tags)
     assert [one.key for one in prune(settings, KEEP, dry_run=True)] == ["old"]
 
     # One of these outputs whose run does not say what it was made from, as of an earlier release.
+    version = register(settings, theirs, "films", model="films")
+    with pytest.raises(ConfigError, match="does not know what films version 1 was made from"):
+        prune(settings, KEEP)
+    client.delete_model_version("films", str(version))
     version = register(settings, theirs, "one")
     with pytest.raises(ConfigError, match="does not know what hllm version 1 was made from") as error:
         prune(settings, KEEP)

@@ -65,3 +65,23 @@ def meet_twice() -> None:
 
 def test_whoever_is_left_says_that_another_is_gone(tmp_path: Path):
     on_ranks(f"{__name__}:one_leaves", tmp_path)
+
+
+def start_apart(folder: Path) -> None:
+    """As machines do whose linear algebra rounds differently."""
+    from hllm.settings import Stage
+    from hllm.training.updates import Everywhere
+    from tests.training.world import tiny_model
+
+    with joined() as here:
+        model = tiny_model(30)
+        for parameter in model.parameters():
+            parameter.data += here.rank
+        Everywhere(model, Stage(), bf16=False)
+        weights = [value.double().sum() for value in model.state_dict().values()]
+        for mine, both in zip(weights, [total(value.clone()) for value in weights], strict=True):
+            assert both == 2 * mine
+
+
+def test_plain_data_parallelism_starts_from_the_weights_of_the_first_process(tmp_path: Path):
+    on_ranks("tests.test_processes:start_apart", tmp_path)

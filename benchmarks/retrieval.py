@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from measure import Figures, arguments, print_table, resident
 
-from hllm.retrieval.index import ApproximateIndex, ExactIndex
+from hllm.serving.index import ApproximateIndex, ExactIndex
 
 K, QUERIES = 10, 200
 HEADERS = ("items", "index", "recall@10", "p50 CPU ms", "p99 CPU ms", "build CPU s", "MiB")
@@ -48,7 +48,7 @@ def main() -> None:
             figures,
         )
     if args.package:
-        from hllm.models.package import Package
+        from hllm.embedding.package import Package
 
         vectors = np.asarray(Package.open(args.package).item_vectors)
         name = f"{len(vectors):,} x {vectors.shape[1]} of the model"

@@ -55,8 +55,8 @@ HEADERS = ("what", "median s", "longest s")
 
 def two_versions(settings: Settings) -> None:
     from hllm.registry.promote import promote
-    from hllm.registry.server import client
     from hllm.registry.versions import SERVICE_TAG, set_tags
+    from hllm.work.mlflow import client
 
     registry, model = client(settings), settings.mlflow.model_name
     registry.create_registered_model(model)

@@ -23,8 +23,8 @@ from measure import Figures, Times, arguments, machine, memory_apart, print_memo
 from torch import nn
 
 from hllm.data.prepared import Prepared
+from hllm.models.common.recommender import Recommender
 from hllm.models.items import CachedItems, IdItems, TextItems
-from hllm.models.recommender import Recommender
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Stage
 from hllm.training.batches import Batches

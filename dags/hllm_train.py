@@ -13,7 +13,7 @@ from wiring import form
 from wiring.candidate import CANDIDATE, announce
 from wiring.runner import hllm_task, of_the_form, retries
 
-from hllm.steps import steps
+from hllm.pipeline import steps
 
 settings = form.settings()
 

@@ -14,13 +14,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from hllm import launch
 from hllm import settings as settings_module
 from hllm.errors import ConfigError, HLLMError, InfraError, Terminated
-from hllm.last_words import leave, say
-from hllm.processes import told
+from hllm.pipeline import FAMILIES, embed_name, execute, limit_threads, terminate, train_name
 from hllm.settings import Settings
-from hllm.steps import FAMILIES, embed_name, execute, limit_threads, terminate, train_name
+from hllm.work import launch
+from hllm.work.ranks import told
+from hllm.work.termination import leave, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -240,7 +240,7 @@ def recommend(
 ) -> None:
     """Recommend items to a user, or after a history of item ids, with their titles."""
     with _command(debug):
-        from hllm.retrieval.recommend import recommend as act
+        from hllm.recommend import recommend as act
 
         items = next(csv.reader([history], skipinitialspace=True)) if history is not None else None
         typer.echo(act(settings_module.load(config, set or ()), version, user, items, count))
@@ -364,7 +364,7 @@ def doctor(config: Config = None, set: Set = None, debug: Debug = False) -> None
 
 
 def main() -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours are in hllm.progress
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours are in hllm.work.progress
     bound_shape_caches()
     if len(sys.argv) > 1 and sys.argv[1] in ("train", "embed", "evaluate"):
         _suit_the_allocator()

@@ -15,8 +15,8 @@ import typer
 from tabulate import tabulate
 
 from hllm.errors import ConfigError, HLLMError, InfraError
-from hllm.objects import is_s3, list_objects, split_s3
 from hllm.settings import Settings
+from hllm.work.objects import is_s3, list_objects, split_s3
 
 GIB = 2**30
 PYTHON = (3, 11)
@@ -163,7 +163,7 @@ def _container_limit() -> float | None:
 
 
 def _disk(settings: Settings) -> Finding:
-    from hllm.artifacts import Store
+    from hllm.work.artifacts import Store
 
     folder = Store(settings.run.root).local.resolve()
     while not folder.exists():
@@ -232,7 +232,7 @@ def _source(settings: Settings) -> str:
 def _backbone(backbone: str) -> str:
     if not backbone:
         return "a small random decoder (no backbone is named)"
-    from hllm.models.backbone import find
+    from hllm.models.common.backbone import find
 
     source = find(backbone)
     if source.gguf_file or Path(source.name).is_dir():
@@ -247,7 +247,8 @@ def _backbone(backbone: str) -> str:
 
 
 def _mlflow(settings: Settings) -> str:
-    from hllm.registry import server, versions
+    from hllm.registry import versions
+    from hllm.work import mlflow as server
 
     server.client(settings).search_experiments(max_results=1)
     serving = versions.serving_version(settings)
@@ -283,7 +284,7 @@ def _online(settings: Settings) -> str:
     if kind == "redis":
         import redis
 
-        from hllm.features.redis_rows import refuse_eviction
+        from hllm.features.stores.redis import refuse_eviction
 
         host, _, port = url.partition(",")[0].partition(":")
         with redis.Redis(host, int(port or 6379), password=password or None, socket_timeout=5) as asked:
@@ -303,7 +304,7 @@ def _offline(settings: Settings) -> str:
         _ask_postgres(describe(settings, os.environ.get(PASSWORD, ""))["offline_store"])
         return f"postgres {place} answers"
     if is_s3(place):
-        from hllm.features.s3_files import require_reach
+        from hllm.features.stores.s3_files import require_reach
 
         said = _bucket(place)
         require_reach(place)
@@ -350,7 +351,7 @@ def _buckets(settings: Settings) -> list[str]:
 
 def _bucket(location: str) -> str:
     """One listing proves address, credentials and bucket."""
-    from hllm.objects import s3_client, s3_errors
+    from hllm.work.objects import s3_client, s3_errors
 
     bucket, key = split_s3(location)
     with s3_errors(location):

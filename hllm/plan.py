@@ -5,12 +5,12 @@ from __future__ import annotations
 import typer
 from tabulate import tabulate
 
-from hllm import costs
-from hllm.artifacts import Store
 from hllm.errors import HLLMError
-from hllm.objects import read_object
+from hllm.pipeline import keys, pipeline_key, steps
 from hllm.settings import Settings
-from hllm.steps import keys, pipeline_key, steps
+from hllm.work import costs
+from hllm.work.artifacts import Store
+from hllm.work.objects import read_object
 
 RELEASE = {"register": "evaluate", "publish": "approval", "verify": "publish", "promote": "verify"}
 """What acts on services -> what it waits for."""

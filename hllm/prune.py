@@ -24,12 +24,12 @@ from datetime import UTC, datetime, timedelta
 import typer
 from tabulate import tabulate
 
-from hllm.artifacts import Manifest, Store
 from hllm.errors import HLLMError
-from hllm.last_words import say
+from hllm.pipeline import PRUNED, keys
 from hllm.registry.outputs import Output, outputs_at_work, outputs_of_versions, require_known
 from hllm.settings import Settings
-from hllm.steps import PRUNED, keys
+from hllm.work.artifacts import Manifest, Store
+from hllm.work.termination import say
 
 
 def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Manifest]:

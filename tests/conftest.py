@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from hllm.pipeline import steps
 from hllm.settings import Mlflow, Settings
-from hllm.steps import steps
 from tests import world
 
 
@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_source: world.TinySou
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database: creating its tables takes a second, copying it none."""
-    from hllm.registry import server
+    from hllm.work import mlflow as server
 
     path = tmp_path_factory.mktemp("mlflow") / "empty.db"
     server.client(Settings(mlflow=Mlflow(tracking_uri=f"sqlite:///{path}"))).search_experiments()
@@ -75,7 +75,7 @@ class S3:
 
     def bucket(self, name: str) -> str:
         """Create a bucket; returns `s3://name`."""
-        from hllm.objects import s3_client
+        from hllm.work.objects import s3_client
 
         s3_client().create_bucket(Bucket=name)
         return f"s3://{name}"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import re
-import shutil
-import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,56 +138,6 @@ def test_every_setting_has_a_docstring(dotted: str):
     described = describe(dotted)
     assert len(described) > 10, f"{dotted} has no docstring under it"
     assert described.endswith((".", ")", "?")), f"the docstring of {dotted} is not a sentence: {described}"
-
-
-def tree() -> dict[str, str]:
-    """The README's tree: path -> what its line says. Folders end in a slash."""
-    readme = (REPOSITORY / "README.md").read_text("utf-8")
-    found: dict[str, str] = {}
-    above: list[str] = []
-    for line in readme.split("## The tree\n\n```\n")[1].split("```")[0].splitlines():
-        name, _, said = line.strip().partition(" ")
-        if name:
-            del above[(len(line) - len(line.lstrip())) // 2 :]
-            path = "".join(above) + name
-            assert path not in found, f"README's tree has {path} twice"
-            found[path] = said.strip()
-            above.append(name)
-    return found
-
-
-def tracked(*folders: str) -> list[str]:
-    """Files of the repository: users put their own beside them (a DAG, their settings)."""
-    git = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--", *folders]
-    if not (REPOSITORY / ".git").exists() or not shutil.which("git"):
-        pytest.skip("no checkout of git, or no git")
-    listed = subprocess.run(git, stdout=subprocess.PIPE, text=True, check=True)
-    found = listed.stdout.split("\0")[:-1]
-    assert len(found) > 100
-    return found
-
-
-def test_the_readmes_tree_has_one_line_for_every_file():
-    """Or one for its folder, where nothing of it is listed by itself."""
-    named = tree()
-    assert [path for path in named if not (REPOSITORY / path).exists()] == []
-    assert [path for path, said in named.items() if not said] == []
-    parents = {f"{parent}/" for path in named for parent in Path(path).parents}
-    whole = tuple(path for path in named if path.endswith("/") and path not in parents)
-    top = {path.split("/")[0] for path in named}
-    assert {"hllm", "dags", "Makefile", "pyproject.toml", "constraints.txt", "requirements-data.txt"} <= top
-    for name in tracked(*sorted(top)):
-        path = REPOSITORY / name
-        if path.is_file() and not name.startswith(whole):
-            empty = path.name == "__init__.py" and not path.read_bytes()
-            assert name in named or empty, f"README's tree does not have {name}"
-
-
-def test_the_readmes_tree_says_of_code_what_its_docstring_says():
-    for path, said in tree().items():
-        if path.endswith(".py"):
-            docstring = ast.get_docstring(ast.parse((REPOSITORY / path).read_text("utf-8"))) or ""
-            assert " ".join(docstring.split()).startswith(said.removesuffix(".")), f"README's tree: {path}"
 
 
 def test_the_page_about_the_papers_names_what_there_is():

@@ -9,7 +9,7 @@ import pytest
 from hllm import doctor
 from hllm.doctor import examine
 from hllm.errors import ConfigError, InfraError
-from hllm.features.s3_files import require_reach
+from hllm.features.stores.s3_files import require_reach
 from hllm.settings import Settings
 from tests.conftest import S3, free_port
 from tests.features.conftest import RedisServer

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from hllm import settings as settings_module
-from hllm.artifacts import Manifest, Store
+from hllm.pipeline import keys, steps
 from hllm.settings import Settings
-from hllm.steps import keys, steps
+from hllm.work.artifacts import Manifest, Store
 from tests.world import TinySource, tiny_settings, toml
 
 REPOSITORY = Path(__file__).parents[1]

@@ -14,18 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from hllm.artifacts import Manifest, Store, digest_of, file_digests
 from hllm.errors import ConfigError, DataError
 from hllm.features.refresh import refresh
 from hllm.features.refreshed import refreshed
 from hllm.features.verify import verify
-from hllm.objects import is_s3, list_objects, write_object
+from hllm.pipeline import PRUNED, execute, keys, pipeline_key
 from hllm.prune import prune
-from hllm.registry import server, tracking
 from hllm.registry.register import _keep_record
 from hllm.registry.versions import registered_version
 from hllm.settings import Settings
-from hllm.steps import PRUNED, execute, keys, pipeline_key
+from hllm.work import mlflow as server
+from hllm.work import tracking
+from hllm.work.artifacts import Manifest, Store, digest_of, file_digests
+from hllm.work.objects import is_s3, list_objects, write_object
 from tests.conftest import S3
 from tests.features.refreshing import catalogue, go_on, serve
 from tests.test_cli import HLLM, apart
@@ -167,7 +168,7 @@ def test_what_is_being_written_is_left_alone(settings: Settings, capsys: pytest.
     output(settings, "ingest", "newest", days=30)
     pipeline(settings, "long-ago", {"ingest": "old"})
     hold = (
-        "import sys; from hllm.artifacts import Store\n"
+        "import sys; from hllm.work.artifacts import Store\n"
         "with Store(sys.argv[1]).lock('ingest', 'written-anew'):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
@@ -320,7 +321,7 @@ def test_inputs_stay_while_a_step_fetches_them(
         assert prune(settings, KEEP) == []
         raise Fetching
 
-    monkeypatch.setattr("hllm.steps._fetch", fetch)
+    monkeypatch.setattr("hllm.pipeline._fetch", fetch)
     with pytest.raises(Fetching):
         execute("validate", first)
 

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.artifacts import Manifest, Store, clear, digest_of, file_digests
+from hllm.pipeline import WORK, Context, _load, keys, settings_of, steps
 from hllm.settings import Settings
 from hllm.settings.loading import merge, refuse_unknown
-from hllm.steps import WORK, Context, _load, keys, settings_of, steps
+from hllm.work.artifacts import Manifest, Store, clear, digest_of, file_digests
 
 STRANGE_IDS = ("with space", 'quo"te', "new\nline", "🎬", "naïve,comma", "007")
 GENRES = ("space opera", "heist", "romance", "nature film")

@@ -40,16 +40,16 @@ from transformers import AutoModel, LlamaConfig
 
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.embedding.items import encoded
+from hllm.models.common.packing import packed_attention
+from hllm.models.common.recommender import Batch, Recommender
 from hllm.models.items import CachedItems, TextItems
-from hllm.models.packing import packed_attention
-from hllm.models.recommender import Batch, Recommender
 from hllm.models.users import DecoderUser
-from hllm.processes import joined
 from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.gradients import backpropagate
 from hllm.training.loop import in_bf16
 from hllm.training.updates import Everywhere, Spread, Update
+from hllm.work.ranks import joined
 
 MARK = "## On a GPU"
 PEAKS = {  # dense bf16 tensor operations per second, as the vendor states them
@@ -154,7 +154,7 @@ def correctness(device: torch.device, figures: Figures, size: Size) -> list[list
     everything, some = np.arange(48), np.arange(0, 48, 5)
 
     def vectors(chosen: np.ndarray, half: bool = False, flash: bool = True) -> torch.Tensor:
-        without = mock.patch("hllm.models.packing.flash_type", return_value=None)
+        without = mock.patch("hllm.models.common.packing.flash_type", return_value=None)
         precision = torch.autocast(items.words.device.type, torch.bfloat16, enabled=half)
         with torch.no_grad(), precision, nullcontext() if flash else without:
             return items(chosen).float().cpu()

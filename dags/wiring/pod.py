@@ -25,8 +25,8 @@ from kubernetes.client import ApiException, V1EnvVar, V1Pod
 from urllib3.exceptions import HTTPError
 
 from hllm.errors import ConfigError, InfraError
+from hllm.pipeline import FAMILIES, embed_name, train_name
 from hllm.settings import Pod, Settings
-from hllm.steps import FAMILIES, embed_name, train_name
 from wiring.form import ROOT
 from wiring.runner import Ended, Environment, failure
 from wiring.trigger import PodTrigger

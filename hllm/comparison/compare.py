@@ -7,11 +7,11 @@ from pathlib import Path
 
 import typer
 
-from hllm.artifacts import Manifest, Store, digest_of, file_digests, write_atomically
 from hllm.comparison.file import Comparison, read
 from hllm.comparison.result import Result, as_numbers, result_of
 from hllm.comparison.work import Pipeline, jobs, pipelines, run
 from hllm.errors import ConfigError
+from hllm.work.artifacts import Manifest, Store, digest_of, file_digests, write_atomically
 
 STEP = "compare"
 

@@ -32,7 +32,7 @@ from hllm import settings as settings_module
 from hllm.errors import ConfigError
 from hllm.evaluation.metrics import metric_names
 from hllm.evaluation.names import metric_name
-from hllm.evaluation.report.words import SEGMENTS, segment_name
+from hllm.report.words import SEGMENTS, segment_name
 from hllm.settings import Settings, read_toml
 
 SEEDS = (17, 18, 19)
@@ -149,7 +149,7 @@ def read(path: Path, overrides: tuple[str, ...] = (), seeds: tuple[int, ...] = (
 
 
 def _last_label(settings: Settings) -> str:
-    from hllm.steps import stages_of
+    from hllm.pipeline import stages_of
 
     return f"{settings.model.family}-{stages_of(settings, settings.model.family)[-1]}"
 
@@ -179,7 +179,7 @@ def _refuse_another_budget(path: Path, name: str, own: Mapping[str, Any], budget
 
 
 def _refuse_unknown_label(path: Path, entry: Entry, settings: Settings) -> None:
-    from hllm.steps import stages_of
+    from hllm.pipeline import stages_of
 
     family = settings.model.family
     known = [f"{family}-{stage}" for stage in stages_of(settings, family)]

@@ -8,12 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from hllm import report
 from hllm.comparison import scaling
 from hllm.comparison.result import Result
 from hllm.comparison.table import effort, heading
 from hllm.comparison.work import Pipeline
-from hllm.evaluation import report
-from hllm.evaluation.report.charts import Group, Point, forest
+from hllm.report.charts import Group, Point, forest
 
 KINDS = {"hllm": "candidate", "sasrec": "sasrec", "hstu": "champion"}
 FEW_EVENTS = 100

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from hllm.comparison.file import Entry
 from hllm.comparison.result import Result
 from hllm.comparison.work import Pipeline
-from hllm.registry import server, tracking
-from hllm.steps import pipeline_key
+from hllm.pipeline import pipeline_key
+from hllm.work import mlflow as server
+from hllm.work import tracking
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -10,8 +10,8 @@ from hllm.comparison.figures import Figures, figures, ranked
 from hllm.comparison.file import POPULAR, Comparison, Entry
 from hllm.comparison.scaling import Law, laws
 from hllm.comparison.work import Pipeline
-from hllm.costs import MEMORY
 from hllm.evaluation.metrics import Interval
+from hllm.work.costs import MEMORY
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hllm.comparison.figures import Figures
 from hllm.comparison.file import Comparison, Metric
 from hllm.evaluation.metrics import Interval
 from hllm.evaluation.names import FAMILY_NAMES
-from hllm.evaluation.report.charts import Curve, power_laws
+from hllm.report.charts import Curve, power_laws
 
 STYLES = {"HLLM": "candidate", "SASRec": "sasrec", "HSTU": "champion"}
 Floats = npt.NDArray[np.float64]

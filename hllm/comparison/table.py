@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from hllm.comparison.result import Effort, Result
 from hllm.evaluation.metrics import Interval
-from hllm.evaluation.report.words import duration
+from hllm.report.words import duration
 
 NOTHING = "-"
 

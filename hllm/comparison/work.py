@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hllm.artifacts import Manifest, Store
 from hllm.comparison.file import Comparison, Entry
 from hllm.errors import ConfigError, DataError, HLLMError, InfraError, Terminated
+from hllm.pipeline import Context, keys, steps
 from hllm.settings import Settings
-from hllm.steps import Context, keys, steps
+from hllm.work.artifacts import Manifest, Store
 
 NEEDED_LAST = "evaluate"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hllm.data import duck
+from hllm.data.engine import duck
 from hllm.data.prepared import ARRAYS, array_file, write_arrays
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from hllm.artifacts import clear
 from hllm.data.readers import Source, has_times, open_source
 from hllm.data.schema import conform, interactions_schema, items_schema
 from hllm.errors import DataError
-from hllm.progress import Progress
-from hllm.steps import Context
+from hllm.pipeline import Context
+from hllm.work.artifacts import clear
+from hllm.work.progress import Progress
 
 
 def ingest(context: Context) -> None:

@@ -36,7 +36,7 @@ def write_items(
     batch_rows: int,
 ) -> dict[str, int]:
     """items.parquet, token_ids and token_offsets; a batch of items in memory at a time."""
-    from hllm.models.backbone import tokenizer_for
+    from hllm.models.common.backbone import tokenizer_for
 
     tokenizer = tokenizer_for(backbone)
     encode, (before, after) = tokenizer.encode_batch, tokenizer.frame

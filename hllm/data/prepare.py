@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hllm.artifacts import clear
-from hllm.data import duck
+from hllm.data.engine import duck
 from hllm.data.histories import number_and_sort, write_events
 from hllm.data.items import write_items
 from hllm.data.splits import write_splits
 from hllm.errors import DataError
-from hllm.steps import Context
+from hllm.pipeline import Context
+from hllm.work.artifacts import clear
 
 
 def prepare(context: Context) -> None:

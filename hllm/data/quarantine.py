@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from hllm.data import duck
+from hllm.data.engine import duck
 from hllm.data.schema import INTERACTIONS, RAW, Rule
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hllm.artifacts import fingerprint
 from hllm.errors import ConfigError, DataError
-from hllm.objects import download, is_s3, list_objects
 from hllm.settings import Columns, Data
+from hllm.work.artifacts import fingerprint
+from hllm.work.objects import download, is_s3, list_objects
 
 if TYPE_CHECKING:
     import pyarrow as pa

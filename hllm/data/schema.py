@@ -5,10 +5,10 @@
 
 A `*_raw` column holds the text of a cell that could not be read and is gone after validation.
 
-Validation looks at each table through a view (`hllm.data.marked`, one row per row) in which everything that
-takes more than one row to know is a column: whether the catalogue knows the item, whether the event repeats
-an earlier one, how long an item's text is. So every rule is one expectation about one column, and SQL selects
-exactly the rows that the expectation objects to.
+Validation looks at each table through a view (`hllm.data.validation_view`, one row per row) in which
+everything that takes more than one row to know is a column: whether the catalogue knows the item, whether the
+event repeats an earlier one, how long an item's text is. So every rule is one expectation about one column,
+and SQL selects exactly the rows that the expectation objects to.
 """
 
 from __future__ import annotations

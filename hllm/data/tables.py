@@ -18,8 +18,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from hllm.errors import ConfigError, DataError
-from hllm.objects import BLOCK_BYTES as READ_BYTES
-from hllm.objects import is_s3, open_object
+from hllm.work.objects import BLOCK_BYTES as READ_BYTES
+from hllm.work.objects import is_s3, open_object
 
 BLOCK_BYTES = 2 << 20
 """Delimited text is parsed this much at a time; no row may be longer. Arrow reads about 36 blocks ahead: that

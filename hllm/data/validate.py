@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from hllm.artifacts import Manifest, clear, write_atomically
-from hllm.data import duck
-from hllm.data.marked import mark_interactions, mark_items
+from hllm.data.engine import duck
 from hllm.data.quarantine import Split
 from hllm.data.readers import has_times, promised_columns
 from hllm.data.schema import (
@@ -28,8 +26,10 @@ from hllm.data.schema import (
     item_rules,
     items_schema,
 )
+from hllm.data.validation_view import mark_interactions, mark_items
 from hllm.errors import DataError
-from hllm.steps import Context
+from hllm.pipeline import Context
+from hllm.work.artifacts import Manifest, clear, write_atomically
 
 if TYPE_CHECKING:
     import duckdb

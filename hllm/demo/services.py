@@ -20,9 +20,9 @@ from types import FrameType
 
 import psutil
 
-from hllm.artifacts import write_atomically
 from hllm.errors import ConfigError, InfraError
 from hllm.settings import Settings
+from hllm.work.artifacts import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"

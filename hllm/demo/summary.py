@@ -8,11 +8,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from hllm.artifacts import Store
 from hllm.demo.services import HOST, MLFLOW_PORT
-from hllm.registry.server import page_root
+from hllm.pipeline import keys, pipeline_key
 from hllm.settings import Settings
-from hllm.steps import keys, pipeline_key
+from hllm.work.artifacts import Store
+from hllm.work.mlflow import page_root
 
 MODELS = {
     "hllm-2": "HLLM after stage 2",

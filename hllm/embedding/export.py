@@ -15,13 +15,13 @@ import pyarrow.parquet as parquet
 from hllm.data.prepared import Prepared
 from hllm.embedding.histories import Histories
 from hllm.embedding.items import ItemVectors
+from hllm.embedding.package import write_package
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError, Terminated
 from hllm.models.load import load_user_model
-from hllm.models.package import write_package
-from hllm.processes import any_of, device, place
-from hllm.progress import Progress
-from hllm.steps import Context, embed_name, stages_of, train_name
+from hllm.pipeline import Context, embed_name, stages_of, train_name
+from hllm.work.progress import Progress
+from hllm.work.ranks import any_of, device, place
 
 ROW_GROUP = 50_000
 """Rows that a reader of an export holds at a time, whatever the file's length."""

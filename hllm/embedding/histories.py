@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from hllm.data.prepared import Prepared
-from hllm.models.history import UNKNOWN_TIME, History
-from hllm.models.packing import Packing, device_of, on_device, ragged
-from hllm.processes import turns
+from hllm.models.common.history import UNKNOWN_TIME, History
+from hllm.models.common.packing import Packing, device_of, on_device, ragged
+from hllm.work.ranks import turns
 
 Ints = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float32]
@@ -54,7 +54,7 @@ class Histories:
 def packed_histories(
     model: nn.Module, item_vectors_ID: Floats, histories: Histories, batch: int
 ) -> Iterator[tuple[bool, npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor, History]]:
-    """This process's batches of at most `batch` histories: whether it counts (`hllm.processes.turns`), the
+    """This process's batches of at most `batch` histories: whether it counts (`hllm.work.ranks.turns`), the
     rows that they answer, the place of each row's last event, the (T, D) vectors of their items, and the
     histories.
 

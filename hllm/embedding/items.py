@@ -14,12 +14,12 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
+from hllm.models.common.packing import device_of, inference_precision
 from hllm.models.items import IdItems, TextItems
 from hllm.models.load import load_item_model
-from hllm.models.packing import device_of, inference_precision
-from hllm.processes import any_of, device, place, total, turns
-from hllm.progress import Progress
-from hllm.steps import Context
+from hllm.pipeline import Context
+from hllm.work.progress import Progress
+from hllm.work.ranks import any_of, device, place, total, turns
 
 SHARD = "vectors-{:05d}.npy"
 # I items, D vector width

@@ -16,16 +16,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.data import duck
+from hllm.data.engine import duck
 from hllm.data.items import item_texts, write_items
 from hllm.data.prepared import Prepared
 from hllm.embedding.export import ROW_GROUP, vector_column
 from hllm.embedding.histories import Histories
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError
-from hllm.processes import device
-from hllm.progress import Progress
 from hllm.settings import Settings
+from hllm.work.progress import Progress
+from hllm.work.ranks import device
 
 if TYPE_CHECKING:
     import duckdb

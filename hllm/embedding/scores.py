@@ -9,9 +9,9 @@ import torch
 
 from hllm.data.prepared import Prepared
 from hllm.embedding.histories import Floats, Histories, Ints, packed_histories
-from hllm.models.packing import inference_precision, on_device, ragged
+from hllm.models.common.packing import inference_precision, on_device, ragged
 from hllm.models.users import DecoderUser
-from hllm.processes import place, total
+from hllm.work.ranks import place, total
 
 CANDIDATES_AT_ONCE = 4_096
 """Bounds memory. A history with more candidates than this is encoded again for the next so many."""

@@ -11,8 +11,8 @@ from torch import nn
 
 from hllm.data.prepared import Prepared
 from hllm.embedding.histories import Floats, Histories, Ints, packed_histories
-from hllm.models.packing import inference_precision, on_device
-from hllm.processes import place, total
+from hllm.models.common.packing import inference_precision, on_device
+from hllm.work.ranks import place, total
 
 # R users (or held-out events), I items, D vector width
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from hllm.artifacts import write_atomically
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
 from hllm.evaluation.champion import rank_package, score_package
@@ -35,10 +34,11 @@ from hllm.evaluation.ranking import (
     training_counts,
 )
 from hllm.evaluation.segments import segments
-from hllm.processes import device, place
-from hllm.progress import Progress
+from hllm.pipeline import Context, stages_of
 from hllm.settings import Settings
-from hllm.steps import Context, stages_of
+from hllm.work.artifacts import write_atomically
+from hllm.work.progress import Progress
+from hllm.work.ranks import device, place
 
 if TYPE_CHECKING:
     from hllm.models.users import DecoderUser

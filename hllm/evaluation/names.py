@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hllm.steps import FAMILIES
+from hllm.pipeline import FAMILIES
 
 FAMILY_NAMES = {"hllm": "HLLM", "sasrec": "SASRec", "hstu": "HSTU"}
 

@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
-from hllm.processes import place, total
+from hllm.work.ranks import place, total
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 import hllm
-from hllm.artifacts import WORK, Manifest, Store, clear, digest_of, file_digests, file_schemas
 from hllm.errors import ConfigError, DataError
 from hllm.features.export import ITEM, USER, Export, Vectors
 from hllm.features.offline import write_offline
@@ -30,9 +29,10 @@ from hllm.features.publish import export_of, registered_service
 from hllm.features.refresh import items_of, validated, writing
 from hllm.features.refreshed import STEP, refreshed
 from hllm.features.store import open_store, registry_lock, service_errors
-from hllm.last_words import say
-from hllm.processes import device
 from hllm.settings import Settings
+from hllm.work.artifacts import WORK, Manifest, Store, clear, digest_of, file_digests, file_schemas
+from hllm.work.ranks import device
+from hllm.work.termination import say
 
 if TYPE_CHECKING:
     from hllm.registry.versions import VersionInfo
@@ -79,11 +79,11 @@ class _BackFill:
     days: list[date]
 
     def run(self, leaking: list[date], trained_until: datetime) -> None:
-        from hllm.data import duck
+        from hllm.data.engine import duck
+        from hllm.embedding.package import Package
         from hllm.embedding.refresh import Log
         from hllm.models.load import load_user_model
-        from hllm.models.package import Package
-        from hllm.registry.tracking import version_run
+        from hllm.work.tracking import version_run
 
         settings, outputs = self.settings, Store(self.settings.run.root)
         self._refuse_days_after_publication()

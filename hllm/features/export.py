@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.artifacts import Manifest, digest_file
 from hllm.errors import DataError
+from hllm.work.artifacts import Manifest, digest_file
 
 UNIT = 1e-3
 """How far from 1 the length of a unit vector may be after float32 rounding."""

@@ -15,8 +15,8 @@ from hllm.errors import DataError
 from hllm.features.export import Batch, Entity, Vectors
 from hllm.features.store import connect_postgres
 from hllm.features.views import CREATED, EVENT_TIME, offline_file, offline_relation, offline_source
-from hllm.objects import delete_objects, is_s3, list_objects, open_object, upload
 from hllm.settings import Settings
+from hllm.work.objects import delete_objects, is_s3, list_objects, open_object, upload
 
 BATCH_ROWS = 20_000
 

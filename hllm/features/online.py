@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hllm.features.export import ENTITIES, Batch, Entity, Vectors
-from hllm.features.messages import messages, stored_bytes
-from hllm.features.redis_rows import Rows, claim, connect, require_room
 from hllm.features.store import connect_postgres, online_path
+from hllm.features.stores.messages import messages, stored_bytes
+from hllm.features.stores.redis import Rows, claim, connect, require_room
 from hllm.features.views import view_name
-from hllm.progress import Progress
 from hllm.settings import Settings
+from hllm.work.progress import Progress
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView

@@ -24,7 +24,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import hllm
-from hllm.artifacts import (
+from hllm.errors import ConfigError, DataError
+from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export
+from hllm.features.offline import write_offline
+from hllm.features.online import kept_until, publisher, require_room_for, write_online
+from hllm.features.refreshed import Refreshed, refreshed
+from hllm.features.store import open_store, registry_lock, service_errors, write_yaml
+from hllm.features.views import Views, service_name, view_name, views_of
+from hllm.settings import Settings
+from hllm.work.artifacts import (
     MANIFEST,
     Manifest,
     Store,
@@ -34,15 +42,7 @@ from hllm.artifacts import (
     upload,
     write_atomically,
 )
-from hllm.errors import ConfigError, DataError
-from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export
-from hllm.features.offline import write_offline
-from hllm.features.online import kept_until, publisher, require_room_for, write_online
-from hllm.features.refreshed import Refreshed, refreshed
-from hllm.features.store import open_store, registry_lock, service_errors, write_yaml
-from hllm.features.views import Views, service_name, view_name, views_of
-from hllm.last_words import say
-from hllm.settings import Settings
+from hllm.work.termination import say
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -65,8 +65,8 @@ def publish(settings: Settings, version: str | None = None) -> None:
         DataError: the export is damaged, or the name is taken by other data.
         InfraError: a store did not answer; the same command continues.
     """
-    from hllm.registry.tracking import version_run
     from hllm.registry.versions import registered_version, serving_version, set_tags
+    from hllm.work.tracking import version_run
 
     info = registered_version(settings, version)
     outputs, key = Store(settings.run.root), f"v{info.version}"

@@ -24,7 +24,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 import hllm
-from hllm.artifacts import (
+from hllm.errors import ConfigError, DataError
+from hllm.features.export import ITEM, USER, Export, Vectors
+from hllm.features.offline import write_offline
+from hllm.features.online import publisher, write_online
+from hllm.features.publish import STEP as PUBLISH
+from hllm.features.publish import export_of, require_published_here
+from hllm.features.refreshed import STEP, refreshed
+from hllm.features.store import open_store, registry_lock, service_errors
+from hllm.features.stores.s3_files import as_feast_reads
+from hllm.features.views import offline_source, view_name, views_of
+from hllm.settings import Settings
+from hllm.work.artifacts import (
     WORK,
     Manifest,
     Store,
@@ -34,19 +45,8 @@ from hllm.artifacts import (
     file_schemas,
     write_atomically,
 )
-from hllm.errors import ConfigError, DataError
-from hllm.features.export import ITEM, USER, Export, Vectors
-from hllm.features.offline import write_offline
-from hllm.features.online import publisher, write_online
-from hllm.features.publish import STEP as PUBLISH
-from hllm.features.publish import export_of, require_published_here
-from hllm.features.refreshed import STEP, refreshed
-from hllm.features.s3_files import as_feast_reads
-from hllm.features.store import open_store, registry_lock, service_errors
-from hllm.features.views import offline_source, view_name, views_of
-from hllm.last_words import say
-from hllm.processes import device
-from hllm.settings import Settings
+from hllm.work.ranks import device
+from hllm.work.termination import say
 
 if TYPE_CHECKING:
     from hllm.registry.versions import VersionInfo
@@ -86,8 +86,8 @@ def refresh(settings: Settings, kind: Kind, *, until: str = "") -> None:
 
 
 def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime) -> None:
-    from hllm.registry.tracking import version_run
     from hllm.registry.versions import set_tags
+    from hllm.work.tracking import version_run
 
     export, outputs = export_of(info.tags["export"]), Store(settings.run.root)
     with service_errors(settings), writing(settings, info, export) as still_here:
@@ -245,10 +245,10 @@ class Refresh:
         )
 
     def _encode_users(self, as_of: datetime) -> None:
-        from hllm.data import duck
+        from hllm.data.engine import duck
+        from hllm.embedding.package import Package
         from hllm.embedding.refresh import Log
         from hllm.models.load import load_user_model
-        from hllm.models.package import Package
 
         package = self.export.folder / "package"
         ids, vectors_ID = items_of(self.export, self.before)
@@ -335,7 +335,7 @@ def validated(settings: Settings) -> Manifest:
     Raises:
         DataError: there are none yet.
     """
-    from hllm.steps import keys
+    from hllm.pipeline import keys
 
     found = Store(settings.run.root).manifest("validate", keys(settings)["validate"])
     if found is None:
@@ -352,7 +352,7 @@ def items_of(export: Export, before: list[Any]) -> tuple[Any, Any]:
     import numpy as np
     import pyarrow as pa
 
-    from hllm.models.package import Package
+    from hllm.embedding.package import Package
 
     package = Package.open(export.folder / "package")
     ids, vectors_ID = package.item_ids, package.item_vectors
@@ -377,7 +377,7 @@ def _newest(log: Path, until: datetime) -> datetime:
     """The newest event that is not later than `until`."""
     import duckdb
 
-    from hllm.data import duck
+    from hllm.data.engine import duck
 
     query = f"SELECT max(timestamp) FROM {duck.parquet(log)} WHERE timestamp <= {int(until.timestamp())}"
     with duckdb.connect() as db:

@@ -13,9 +13,9 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from hllm.artifacts import Manifest, Store
 from hllm.features.export import ITEM, USER, Entity, Vectors
 from hllm.settings import Settings
+from hllm.work.artifacts import Manifest, Store
 
 STEP = "refresh"
 

@@ -17,22 +17,23 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from hllm.artifacts import Store, user_name
 from hllm.features.export import ENTITIES
 from hllm.features.offline import remove_offline
 from hllm.features.online import publisher, rows_of
 from hllm.features.publish import STEP as PUBLISH
 from hllm.features.publish import registered_service
-from hllm.features.redis_rows import connect
 from hllm.features.refreshed import STEP as REFRESH
 from hllm.features.store import open_store, registry_lock, service_errors
+from hllm.features.stores.redis import connect
 from hllm.features.views import service_name, view_name
-from hllm.last_words import say
-from hllm.progress import Progress
-from hllm.registry import tracking, versions
+from hllm.registry import versions
 from hllm.registry.promote import REPLACED_TAG
 from hllm.registry.versions import VersionInfo
 from hllm.settings import Settings
+from hllm.work import tracking
+from hllm.work.artifacts import Store, user_name
+from hllm.work.progress import Progress
+from hllm.work.termination import say
 
 KEEP = 3
 """The champion, the version before it, and one more."""

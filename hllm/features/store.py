@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from hllm.artifacts import write_atomically
 from hllm.errors import ConfigError, HLLMError, InfraError
-from hllm.features.s3_files import SCHEME, reach_s3
-from hllm.objects import is_s3
+from hllm.features.stores.s3_files import SCHEME, reach_s3
 from hllm.settings import Settings
+from hllm.work.artifacts import write_atomically
+from hllm.work.objects import is_s3
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -84,7 +84,7 @@ def describe(settings: Settings, password: str) -> dict[str, Any]:
 def _mlflow(settings: Settings) -> dict[str, Any]:
     """Feast finds a model's feature service through MLflow. An address with a password is not written
     down: MLFLOW_TRACKING_URI, where it came from, works for Feast too."""
-    from hllm.registry.server import local_database, tracking_uri
+    from hllm.work.mlflow import local_database, tracking_uri
 
     uri = tracking_uri(settings)
     database = local_database(uri)

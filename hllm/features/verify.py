@@ -25,8 +25,8 @@ from hllm.features.publish import export_of, registered_service, require_publish
 from hllm.features.refreshed import refreshed
 from hllm.features.store import open_store, service_errors
 from hllm.features.views import service_name
-from hllm.last_words import say
 from hllm.settings import Settings
+from hllm.work.termination import say
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
@@ -45,8 +45,8 @@ def verify(settings: Settings, version: str | None = None) -> None:
         DataError: something that was read differs from the export, or the version is not published.
         InfraError: a store did not answer.
     """
-    from hllm.registry.tracking import version_run
     from hllm.registry.versions import registered_version, set_tags
+    from hllm.work.tracking import version_run
 
     info = registered_version(settings, version)
     if info.tags.get("publication") not in ("published", "verified"):

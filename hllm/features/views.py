@@ -15,9 +15,9 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from hllm.features.export import ITEM, USER, Entity
-from hllm.features.s3_files import as_feast_reads
-from hllm.objects import is_s3
+from hllm.features.stores.s3_files import as_feast_reads
 from hllm.settings import Settings
+from hllm.work.objects import is_s3
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureView, OnDemandFeatureView

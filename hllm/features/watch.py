@@ -13,15 +13,15 @@ from pathlib import Path
 
 import typer
 
-from hllm.artifacts import Store, write_atomically
 from hllm.errors import ConfigError, GateError
+from hllm.features.monitors import Look, Watched, folder_of
 from hllm.features.store import service_errors
 from hllm.features.views import service_name
-from hllm.features.watched import Look, Watched, folder_of
-from hllm.last_words import say
-from hllm.objects import read_object, upload
 from hllm.registry.versions import VersionInfo, serving_version
 from hllm.settings import Settings
+from hllm.work.artifacts import Store, write_atomically
+from hllm.work.objects import read_object, upload
+from hllm.work.termination import say
 
 PAGE, METRICS, HISTORY = "index.html", "metrics.prom", "history.jsonl"
 SHOWN = 30

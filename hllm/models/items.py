@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.models.backbone import word_vectors
-from hllm.models.lora import merged_state
-from hllm.models.packing import (
+from hllm.models.common.backbone import word_vectors
+from hllm.models.common.lora import merged_state
+from hllm.models.common.packing import (
     Packing,
     inference_precision,
     on_device,

@@ -13,18 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hllm.artifacts import write_atomically
 from hllm.data.prepared import Prepared
 from hllm.errors import ConfigError, DataError
-from hllm.models.backbone import build_decoder, decoder_from_config, load_whole, sees_ahead
-from hllm.models.features import EventFeatures
-from hllm.models.hstu import HSTUUser
+from hllm.models.common.backbone import build_decoder, decoder_from_config, load_whole, sees_ahead
+from hllm.models.common.lora import choose_what_learns, merged_state
+from hllm.models.common.recommender import Recommender, UserModel
+from hllm.models.hllm.features import EventFeatures
+from hllm.models.hstu.user import HSTUUser
 from hllm.models.items import CachedItems, IdItems, TextItems
-from hllm.models.lora import choose_what_learns, merged_state
-from hllm.models.recommender import Recommender, UserModel
 from hllm.models.users import DecoderUser, SASRecUser, drop_out
-from hllm.processes import device
 from hllm.settings import Settings
+from hllm.work.artifacts import write_atomically
+from hllm.work.ranks import device
 
 ID_USERS: dict[str, type[SASRecUser] | type[HSTUUser]] = {"sasrec": SASRecUser, "hstu": HSTUUser}
 SHAPE, ITEM, USER = "model.json", "item.safetensors", "user.safetensors"

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.models.backbone import word_vectors
-from hllm.models.features import EventFeatures
-from hllm.models.fusion import EarlyFusion, LateFusion
-from hllm.models.history import UNKNOWN_ITEM, History
-from hllm.models.packing import Packing, attend, on_device, run_packed
-from hllm.models.probes import ProbedPacking, Probes
+from hllm.models.common.backbone import word_vectors
+from hllm.models.common.history import UNKNOWN_ITEM, History
+from hllm.models.common.packing import Packing, attend, on_device, run_packed
+from hllm.models.hllm.features import EventFeatures
+from hllm.models.hllm.fusion import EarlyFusion, LateFusion
+from hllm.models.hllm.probes import ProbedPacking, Probes
 
 # T events of all histories one after another, S histories, P candidates, D vector width, I width inside the
 # User LLM, H heads
@@ -30,7 +30,7 @@ class DecoderUser(nn.Module):
     different widths a projection leads in, and its transpose, to start with, out: the user's vector is as
     wide as an item's.
 
-    With `objective` early_fusion or late_fusion it also judges candidates (`hllm.models.fusion`).
+    With `objective` early_fusion or late_fusion it also judges candidates (`hllm.models.hllm.fusion`).
     """
 
     def __init__(

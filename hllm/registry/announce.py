@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hllm.artifacts import Store
-from hllm.registry import server, versions
+from hllm.registry import versions
 from hllm.settings import Settings
+from hllm.work import mlflow as server
+from hllm.work.artifacts import Store
 
 DESCRIPTION_LIMIT = 2800
 

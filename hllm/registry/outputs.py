@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hllm.artifacts import Store
 from hllm.errors import ConfigError, DataError
-from hllm.objects import list_objects, read_object
-from hllm.registry import server
-from hllm.registry.tracking import OUTPUT_TAG, PARENT_TAG, flatten, metric_name, text
 from hllm.registry.versions import VersionInfo
 from hllm.settings import Settings
+from hllm.work import mlflow as server
+from hllm.work.artifacts import Store
+from hllm.work.objects import list_objects, read_object
+from hllm.work.tracking import OUTPUT_TAG, PARENT_TAG, flatten, metric_name, text
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -12,12 +12,13 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from hllm.artifacts import user_name
 from hllm.errors import ConfigError, GateError
-from hllm.last_words import say
-from hllm.registry import tracking, versions
+from hllm.registry import versions
 from hllm.registry.versions import CANDIDATE, CHAMPION, SERVICE_TAG, SERVING_TAG, VersionInfo
 from hllm.settings import Settings
+from hllm.work import tracking
+from hllm.work.artifacts import user_name
+from hllm.work.termination import say
 
 REPLACED_TAG = "replaced"
 CHANGE_TAG = "hllm.last_change"

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import hllm
-from hllm import costs
-from hllm.artifacts import Manifest, Store, digest_of, write_atomically
 from hllm.errors import GateError
-from hllm.objects import upload
-from hllm.registry import server, tracking, versions
-from hllm.registry.description import describe
-from hllm.registry.model import log_package
+from hllm.pipeline import embed_name, keys, limit_threads, pipeline_key, settings_of, steps
+from hllm.registry import versions
 from hllm.registry.versions import CANDIDATE, VersionInfo
+from hllm.report.description import describe
+from hllm.serving.mlflow_model import log_package
 from hllm.settings import Settings
-from hllm.steps import embed_name, keys, limit_threads, pipeline_key, settings_of, steps
+from hllm.work import costs, tracking
+from hllm.work import mlflow as server
+from hllm.work.artifacts import Manifest, Store, digest_of, write_atomically
+from hllm.work.objects import upload
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -231,9 +232,9 @@ def _champion_entry(
     if kept.exists():
         return serving.version, json.loads(kept.read_text("utf-8"))
     from hllm.data.prepared import Prepared
-    from hllm.evaluation.changes import changes
+    from hllm.embedding.package import Package
     from hllm.evaluation.evaluate import evaluate_package
-    from hllm.models.package import Package
+    from hllm.report.changes import changes
 
     package = Package.open(versions.download_package(settings, serving.version))
     prepared = Prepared.open(finished.folders["prepare"])
@@ -248,7 +249,7 @@ def _ranking(settings: Settings, finished: Finished, serving: VersionInfo | None
     """What the vectors gain a ranker, beside the serving version's if that was measured, too."""
     if "rank" not in finished.folders:
         return None
-    from hllm.ranking.compare import ranking_of
+    from hllm.evaluation.ranker_champion import ranking_of
 
     champion, location = None, serving.tags.get("ranking", "") if serving else ""
     if serving and location and serving.tags.get("pipeline") != finished.pipeline:
@@ -269,7 +270,7 @@ def _write_report(
     ranking: dict[str, Any] | None,
     page: str,
 ) -> Path:
-    from hllm.evaluation.report import write_report
+    from hllm.report import write_report
 
     path = store.folder(STEP, finished.pipeline) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hllm.artifacts import Store
 from hllm.errors import ConfigError, InfraError
-from hllm.objects import is_s3
-from hllm.registry import server
 from hllm.settings import Settings
+from hllm.work import mlflow as server
+from hllm.work.artifacts import Store
+from hllm.work.objects import is_s3
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 VERIFIED = "verified"
@@ -277,7 +277,7 @@ def _info(entry: Any) -> VersionInfo:
 
 
 def _pipeline(settings: Settings) -> str:
-    from hllm.steps import keys, pipeline_key
+    from hllm.pipeline import keys, pipeline_key
 
     return pipeline_key(keys(settings))
 

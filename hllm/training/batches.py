@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
 from hllm.data.windows import cut_windows
-from hllm.models.history import History
-from hllm.models.packing import Packing, ragged
-from hllm.models.recommender import Batch
+from hllm.models.common.history import History
+from hllm.models.common.packing import Packing, ragged
+from hllm.models.common.recommender import Batch
 
 # S windows, T targets, N negatives
 

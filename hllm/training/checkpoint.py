@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hllm.artifacts import digest_file, write_atomically
-from hllm.objects import delete_objects, download, list_objects, s3_client, upload
-from hllm.processes import place, total
+from hllm.work.artifacts import digest_file, write_atomically
+from hllm.work.objects import delete_objects, download, list_objects, s3_client, upload
+from hllm.work.ranks import place, total
 
 Restored = tuple[dict[str, Any], dict[str, Tensor]]
 """The numbers and the tensors of a checkpoint."""

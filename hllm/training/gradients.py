@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from hllm.models.common.packing import device_of, on_device
+from hllm.models.common.recommender import Batch, Recommender
 from hllm.models.items import TextItems
-from hllm.models.packing import device_of, on_device
-from hllm.models.recommender import Batch, Recommender
-from hllm.processes import place, total
+from hllm.work.ranks import place, total
 
 # K distinct items of the batch of all processes, M of them that one process encodes, D vector width
 

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hllm.errors import DataError, Terminated
-from hllm.models.recommender import Recommender
-from hllm.processes import any_of, place
-from hllm.progress import Progress
+from hllm.models.common.recommender import Recommender
 from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.checkpoint import Checkpoints, shared, under
 from hllm.training.gradients import backpropagate
 from hllm.training.updates import Everywhere, Seen, Spread, Update
+from hllm.work.progress import Progress
+from hllm.work.ranks import any_of, place
 
 LOG_EVERY = 10
 
@@ -79,7 +79,7 @@ def fit(
     zero: int = 0,
 ) -> Trained:
     """Train until the last step, from the newest checkpoint; the model of the first process ends with its
-    best (or last) weights. Every process calls it alike (`hllm.processes`); `zero`: DeepSpeed's level.
+    best (or last) weights. Every process calls it alike (`hllm.work.ranks`); `zero`: DeepSpeed's level.
     `validated` names the metric that `validate` measures.
 
     Raises:

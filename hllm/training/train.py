@@ -13,17 +13,17 @@ from hllm.embedding.items import ItemVectors, encoded
 from hllm.embedding.scores import held_out_scores, judges
 from hllm.embedding.users import held_out_user_vectors
 from hllm.errors import DataError
-from hllm.models.backbone import compile_layers
+from hllm.models.common.backbone import compile_layers
+from hllm.models.common.recommender import Recommender
 from hllm.models.items import CachedItems
 from hllm.models.load import new_model, next_stage, save_model
-from hllm.models.recommender import Recommender
 from hllm.models.users import DecoderUser
-from hllm.processes import device, place
+from hllm.pipeline import Context, embed_name, train_name
 from hllm.settings import Stage
-from hllm.steps import Context, embed_name, train_name
 from hllm.training.batches import Batches, training_users
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
+from hllm.work.ranks import device, place
 
 if TYPE_CHECKING:
     from hllm.evaluation.ranking import HeldOut

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from hllm.errors import ConfigError
+from hllm.models.common.packing import device_of
+from hllm.models.common.recommender import Recommender
 from hllm.models.items import TextItems
-from hllm.models.packing import device_of
-from hllm.models.recommender import Recommender
-from hllm.processes import let_all_have, place, total
 from hllm.settings import Stage
 from hllm.training.gradients import Computation, Run
+from hllm.work.ranks import let_all_have, place, total
 
 BETAS = (0.9, 0.98)
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from hllm import settings as settings_module
-from hllm.artifacts import Store
 from hllm.demo.api import Api
 from hllm.demo.services import start_airflow
-from hllm.objects import upload
+from hllm.pipeline import keys
 from hllm.settings import Settings
-from hllm.steps import keys
+from hllm.work.artifacts import Store
+from hllm.work.objects import upload
 from tests import services
 from tests.cluster.faults import ANOTHERS, FAULTS
 from tests.cluster.world import (

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from hllm.pipeline import keys, steps
 from hllm.registry import versions
-from hllm.steps import keys, steps
 from tests.cluster.conftest import Platform
 from tests.cluster.world import Run, wait_until
 from tests.features.world import online

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hllm.artifacts import Manifest, Store, file_digests
-from hllm.objects import list_objects
+from hllm.pipeline import keys
 from hllm.settings import Settings, load
-from hllm.steps import keys
+from hllm.work.artifacts import Manifest, Store, file_digests
+from hllm.work.objects import list_objects
 from tests.cluster.conftest import Platform
 from tests.cluster.faults import FAULTS
 from tests.cluster.world import Run, wait_until

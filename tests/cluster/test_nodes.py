@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hllm.steps import keys
+from hllm.pipeline import keys
 from tests.cluster.conftest import Platform
 from tests.cluster.jobsets import controlled
 from tests.cluster.test_faults import KILL, settings_of, training

@@ -16,7 +16,7 @@ from hllm.comparison.compare import compare
 from hllm.comparison.file import read
 from hllm.comparison.work import jobs, pipelines
 from hllm.errors import DataError
-from hllm.registry.server import client
+from hllm.work.mlflow import client
 from tests.world import TinySource, run_steps, tiny_settings, toml
 
 HLLM = str(Path(sys.executable).parent / "hllm")

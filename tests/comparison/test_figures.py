@@ -15,7 +15,7 @@ from hllm.comparison.work import Pipeline
 from hllm.data.prepared import Prepared
 from hllm.evaluation.labelled import labelled_rows
 from hllm.evaluation.ranking import HeldOut
-from hllm.steps import keys
+from hllm.pipeline import keys
 from tests.world import run_steps, tiny_settings, write_labelled_source
 
 SEEDS = (1, 2)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from hllm.pipeline import steps
 from hllm.settings import load
-from hllm.steps import steps
 
 ROOT = Path(__file__).resolve().parents[2]
 

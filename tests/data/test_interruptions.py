@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hllm.artifacts import Store, file_digests
-from hllm.steps import keys
+from hllm.pipeline import keys
+from hllm.work.artifacts import Store, file_digests
 from tests.world import TinySource, run_steps, tiny_settings
 
 DIE_AT_CALL = """

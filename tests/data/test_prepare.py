@@ -14,7 +14,7 @@ from hllm.data.histories import number_and_sort
 from hllm.data.items import clean, join
 from hllm.data.prepared import Prepared
 from hllm.errors import ConfigError, DataError
-from hllm.models.backbone import find
+from hllm.models.common.backbone import find
 from hllm.settings import Prepare, Settings
 from tests import world
 from tests.world import TinySource, run_steps, write_csv, write_items
@@ -157,7 +157,7 @@ def test_k_core_is_repeated_until_everyone_has_enough(
 
 
 def test_the_core_is_the_largest_one(tmp_path: Path) -> None:
-    from hllm.data import duck
+    from hllm.data.engine import duck
 
     rng = np.random.default_rng(3)
     pairs = sorted({(int(u), int(i)) for u, i in rng.integers(0, 25, size=(180, 2))})

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from hllm import objects
-from hllm.artifacts import Store, file_digests
 from hllm.data.prepared import Prepared
 from hllm.data.readers import source_fingerprints
 from hllm.errors import DataError, InfraError
-from hllm.objects import upload
+from hllm.pipeline import keys
 from hllm.settings import Settings
-from hllm.steps import keys
+from hllm.work import objects
+from hllm.work.artifacts import Store, file_digests
+from hllm.work.objects import upload
 from tests.conftest import S3
 from tests.world import TinySource, run_steps, write_csv
 
@@ -57,7 +57,7 @@ def test_of_a_parquet_source_only_what_is_read_travels(
     pictures = [os.urandom(200_000) for _ in range(columns.num_rows)]
     parquet.write_table(columns.append_column("picture", pa.array(pictures)), tmp_path / "wide.parquet")
     upload(tmp_path / "wide.parquet", f"{bucket}/items.parquet")
-    monkeypatch.setattr("hllm.objects.BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr("hllm.work.objects.BLOCK_BYTES", 64 << 10)
     fetched: list[int] = []
     fetch = objects._Ranges._fetch
     monkeypatch.setattr(
@@ -103,7 +103,7 @@ def test_an_output_whose_upload_failed_is_not_done(
         raise InfraError("connection reset")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hllm.artifacts.write_object", broken)
+        patch.setattr("hllm.work.artifacts.write_object", broken)
         with pytest.raises(InfraError, match="connection reset"):
             run_steps(settings, "ingest")
     assert store.manifest("ingest", key) is None

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from hllm.data import duck
-from hllm.data.marked import mark_interactions, mark_items
+from hllm.data.engine import duck
 from hllm.data.schema import conform, interaction_rules, interactions_schema, item_rules
 from hllm.data.tables import open_parquet
+from hllm.data.validation_view import mark_interactions, mark_items
 from hllm.settings import Settings, Validation
 from tests.world import TinySource, tiny_settings, write_items
 

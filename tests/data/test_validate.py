@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hllm.artifacts import Store
 from hllm.data.prepared import Prepared
 from hllm.data.validate import validate as run_validate
 from hllm.errors import DataError
+from hllm.pipeline import Context, keys, steps
 from hllm.settings import Settings
-from hllm.steps import Context, keys, steps
+from hllm.work.artifacts import Store
 from tests.world import TinySource, run_steps, tiny_settings, write_csv, write_items
 
 TinySettings = Callable[..., Settings]

@@ -11,14 +11,14 @@ import pyarrow.parquet as parquet
 import pytest
 
 import hllm.embedding.export as export_module
-from hllm.artifacts import Manifest, Store, file_digests
 from hllm.data.prepared import Prepared
 from hllm.embedding.export import export
 from hllm.embedding.items import ItemVectors
+from hllm.embedding.package import Package
 from hllm.errors import DataError
-from hllm.models.package import Package
+from hllm.pipeline import Context, steps
 from hllm.settings import Settings
-from hllm.steps import Context, steps
+from hllm.work.artifacts import Manifest, Store, file_digests
 from tests.conftest import Trained
 from tests.world import TinySource, run_steps, tiny_settings, write_csv, write_items
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from hllm.artifacts import Store
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import ItemVectors, batches_by_tokens, embed_items
 from hllm.errors import DataError
 from hllm.models.items import TextItems
 from hllm.models.load import load_item_model
-from hllm.steps import Context, steps
+from hllm.pipeline import Context, steps
+from hllm.work.artifacts import Store
 from tests.conftest import Trained
 
 

@@ -15,18 +15,18 @@ from hllm.data.prepared import Prepared
 from hllm.embedding import scores as module
 from hllm.embedding.histories import Histories
 from hllm.embedding.items import ItemVectors
+from hllm.embedding.package import Package
 from hllm.embedding.scores import held_out_scores, scores_of_candidates
 from hllm.errors import ConfigError, DataError
 from hllm.evaluation.evaluate import evaluate_package
 from hllm.features.publish import publish
 from hllm.features.verify import verify
 from hllm.models.load import load_user_model
-from hllm.models.package import Package
+from hllm.pipeline import steps
 from hllm.registry.promote import promote
 from hllm.registry.register import register
 from hllm.registry.versions import registered_version, serving_version
 from hllm.settings import Settings
-from hllm.steps import steps
 from tests.conftest import Trained
 from tests.features.world import online
 from tests.world import TinySource, run_steps, tiny_settings, write_labelled_source

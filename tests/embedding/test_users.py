@@ -9,7 +9,7 @@ from hllm.data.prepared import Prepared
 from hllm.embedding.histories import Histories
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.users import held_out_user_vectors, vectors_of_histories
-from hllm.models.history import UNKNOWN_TIME
+from hllm.models.common.history import UNKNOWN_TIME
 from hllm.models.load import load_user_model
 from tests.conftest import Trained
 

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from hllm.artifacts import Store, file_digests
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
 from hllm.evaluation import evaluate as module
 from hllm.evaluation.metrics import evaluate_ranks
+from hllm.pipeline import Context, steps
 from hllm.settings import Settings
-from hllm.steps import Context, steps
+from hllm.work.artifacts import Store, file_digests
 from tests.evaluation.world import prepare, random_histories, unit
 
 LABELS = ("hllm-1", "hllm-2", "sasrec-1")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hllm.data import duck
+from hllm.data.engine import duck
 from hllm.data.histories import number_and_sort, write_events
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.data.splits import write_splits

@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 
-from hllm.artifacts import Manifest, Store
+from hllm.pipeline import embed_name, keys, settings_of, steps
 from hllm.settings import Settings
-from hllm.steps import embed_name, keys, settings_of, steps
+from hllm.work.artifacts import Manifest, Store
 from tests import world
 from tests.features.world import prepared_registry
 
@@ -60,8 +60,8 @@ def register(settings: Settings, trained: Any) -> int:
 
     from mlflow.exceptions import MlflowException
 
-    from hllm.registry import tracking
-    from hllm.registry.server import client
+    from hllm.work import tracking
+    from hllm.work.mlflow import client
 
     prepared_registry(settings)
     registry, found = client(settings), keys(trained.settings)
@@ -129,7 +129,7 @@ def manifest_of(settings: Settings, key: str) -> Manifest | None:
 
 def vectors_of(trained: Any, histories: list[list[str]]) -> Any:
     """The same model, asked directly."""
-    from hllm.models.package import Package
+    from hllm.embedding.package import Package
 
     return Package.open(trained["embed-hllm-3"] / "package").user_vectors(histories)
 

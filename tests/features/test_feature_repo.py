@@ -47,7 +47,7 @@ def test_the_example_ignores_a_champion_whose_vectors_are_not_there(serving, mon
     import importlib.util
 
     from hllm.features.store import open_store
-    from hllm.registry.server import client
+    from hllm.work.mlflow import client
 
     monkeypatch.syspath_prepend(REPO)
     spec = importlib.util.spec_from_file_location("read_features", REPO / "read_features.py")

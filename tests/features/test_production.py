@@ -250,9 +250,9 @@ def _assert_mixed_affinity_is_null(settings: Settings) -> None:
 
 def _left_of(settings: Settings, version: int) -> list[str]:
     """What is in Redis and in the offline store of a version, asked of the servers themselves."""
-    from hllm.features.redis_rows import connect
     from hllm.features.store import connect_postgres
-    from hllm.objects import list_objects
+    from hllm.features.stores.redis import connect
+    from hllm.work.objects import list_objects
 
     redis, project = connect(settings), settings.feast.project
     fields = [f"_ts:hllm_{kind}_v{version}" for kind in ("user", "item")]

@@ -12,8 +12,8 @@ import pytest
 from hllm.features.export import ITEM, Export
 from hllm.features.online import rows_of
 from hllm.features.publish import publish
-from hllm.features.redis_rows import connect
 from hllm.features.store import open_store
+from hllm.features.stores.redis import connect
 from tests.features.conftest import SECRET
 from tests.features.world import ODD_IDS, online, register, settings_for, write_export
 

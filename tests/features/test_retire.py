@@ -10,8 +10,8 @@ from hllm.errors import GateError, InfraError
 from hllm.features.export import ENTITIES
 from hllm.features.online import publisher, rows_of
 from hllm.features.publish import publication_folder, publish
-from hllm.features.redis_rows import connect
 from hllm.features.retire import retire
+from hllm.features.stores.redis import connect
 from hllm.features.verify import verify
 from tests.features.world import online, register, settings_for, tags_of, write_export
 

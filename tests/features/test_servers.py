@@ -15,8 +15,8 @@ from hllm.features.offline import count_offline, remove_offline, write_offline
 from hllm.features.publish import publication_folder, publish
 from hllm.features.store import describe, open_store, service_errors
 from hllm.features.verify import verify
-from hllm.objects import delete_objects, list_objects
 from hllm.registry.promote import promote
+from hllm.work.objects import delete_objects, list_objects
 from tests.features.conftest import SECRET, free_port
 from tests.features.world import ODD_IDS, online, register, settings_for, tags_of, vectors, write_export
 

@@ -26,7 +26,7 @@ def published(tmp_path):
 
 def test_a_good_publication_is_verified_and_mlflow_resolves_its_service(published, capsys):
     from hllm.features.store import open_store
-    from hllm.registry.server import client
+    from hllm.work.mlflow import client
 
     assert "feast.feature_service" not in tags_of(published, 1)
     verify(published, "1")
@@ -186,7 +186,7 @@ def test_what_was_found_stands_in_mlflow(published):
 
 
 def _runs_of(settings, step: str) -> list[str]:
-    from hllm.registry.server import client
+    from hllm.work.mlflow import client
 
     registry = client(settings)
     experiment = registry.get_experiment_by_name(settings.run.name)

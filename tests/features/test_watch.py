@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hllm import objects
-from hllm.artifacts import Manifest, Store
 from hllm.errors import ConfigError, GateError
 from hllm.features import watch as watching
+from hllm.features.monitors import begun_refreshes, folder_of
 from hllm.features.watch import watch
-from hllm.features.watched import begun_refreshes, folder_of
 from hllm.registry.versions import set_tags
+from hllm.work import objects
+from hllm.work.artifacts import Manifest, Store
 from tests.features.refreshing import catalogue, go_on, register, serve
 
 TODAY = 1_600_000_000 + 3_600 * 200

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.artifacts import Manifest, digest_of, file_digests
 from hllm.settings import Settings
+from hllm.work.artifacts import Manifest, digest_of, file_digests
 
 WIDTH = 8
 ODD_IDS = ["a b", "o'hara", 'quo"te', "new\nline", "\N{ROCKET}", "0042", "naïve"]
@@ -87,7 +87,7 @@ def register(settings: Settings, export: Path) -> int:
     """A version in a real registry, as `hllm register` leaves it."""
     from mlflow.exceptions import MlflowException
 
-    from hllm.registry.server import client
+    from hllm.work.mlflow import client
 
     prepared_registry(settings)
     registry, model = client(settings), settings.mlflow.model_name
@@ -109,7 +109,7 @@ def prepared_registry(settings: Settings) -> None:
 @functools.cache
 def _empty_registry() -> Path:
     """MLflow takes seconds to make its tables: once for all tests."""
-    from hllm.registry.server import client
+    from hllm.work.mlflow import client
 
     folder = Path(tempfile.mkdtemp(prefix="hllm-empty-mlflow-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import kubernetes_validate
 import pytest
 
-from hllm.steps import steps
+from hllm.pipeline import steps
 from tests.k8s.world import OVERLAYS, Manifest, locked_down, pods, settings_of, templates
 
 SCHEMA = "1.37"

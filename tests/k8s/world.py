@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from hllm.pipeline import steps
 from hllm.settings import Settings, load
-from hllm.steps import steps
 
 REPOSITORY = Path(__file__).parents[2]
 K8S = REPOSITORY / "k8s"

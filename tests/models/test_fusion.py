@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from hllm.errors import Terminated
-from hllm.models.backbone import build_decoder
-from hllm.models.features import EventFeatures
-from hllm.models.fusion import EarlyFusion, LateFusion, classification
-from hllm.models.history import UNKNOWN_ITEM, UNKNOWN_TIME, History
+from hllm.models.common.backbone import build_decoder
+from hllm.models.common.history import UNKNOWN_ITEM, UNKNOWN_TIME, History
+from hllm.models.common.packing import Packing
+from hllm.models.common.recommender import Batch, Recommender, info_nce, no_negatives
+from hllm.models.hllm.features import EventFeatures
+from hllm.models.hllm.fusion import EarlyFusion, LateFusion, classification
+from hllm.models.hllm.probes import Probes
 from hllm.models.items import IdItems
-from hllm.models.packing import Packing
-from hllm.models.probes import Probes
-from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
 from hllm.models.users import DecoderUser
 from hllm.settings import Decoder, Stage
 from tests.training.test_loop import assert_identical, run

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hllm.models.history import UNKNOWN_TIME, History
-from hllm.models.hstu import HSTUUser
-from hllm.models.packing import Packing
+from hllm.models.common.history import UNKNOWN_TIME, History
+from hllm.models.common.packing import Packing
+from hllm.models.hstu.user import HSTUUser
 from hllm.models.users import SASRecUser
 
 LENGTHS = np.array([1, 3, 3, 6])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hllm.models.backbone import build_decoder
+from hllm.models.common.backbone import build_decoder
 from hllm.models.items import CachedItems, IdItems, TextItems
 from hllm.settings import Decoder
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
 from hllm.errors import ConfigError, DataError
-from hllm.models.history import History
+from hllm.models.common.history import History
+from hllm.models.common.packing import Packing
+from hllm.models.common.recommender import Recommender
 from hllm.models.load import (
     ID_USERS,
     family_of,
@@ -27,8 +29,6 @@ from hllm.models.load import (
     save_model,
     width_of,
 )
-from hllm.models.packing import Packing
-from hllm.models.recommender import Recommender
 from hllm.settings import Settings, Stage
 from hllm.settings import load as load_settings
 from hllm.training.batches import Batches

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
 from hllm.errors import ConfigError, Terminated
+from hllm.models.common.recommender import Recommender
 from hllm.models.load import load_item_model, load_user_model, new_model, next_stage, save_model
-from hllm.models.recommender import Recommender
 from hllm.settings import Settings, Stage
 from hllm.training.batches import Batches
 from hllm.training.updates import parameter_groups

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from hllm.models.packing import (
+from hllm.models.common.packing import (
     Packing,
     flash_type,
     packed_attention,
@@ -121,9 +121,11 @@ def test_the_path_of_flash_attention_computes_the_same(pair, monkeypatch: pytest
     packed, _ = pair
     packing, inputs = Packing(LENGTHS), torch.randn(int(LENGTHS.sum()), 32, requires_grad=True)
     outputs = [run_packed(packed, inputs, packing), run_packed_to_last(packed, inputs, packing)]
-    monkeypatch.setattr("hllm.models.packing.flash_type", lambda query, dropout=0.0: query.dtype)
+    monkeypatch.setattr("hllm.models.common.packing.flash_type", lambda query, dropout=0.0: query.dtype)
     calls = []
-    monkeypatch.setattr("hllm.models.packing.flash_kernel", lambda: calls.append("kernel") or by_one_kernel)
+    monkeypatch.setattr(
+        "hllm.models.common.packing.flash_kernel", lambda: calls.append("kernel") or by_one_kernel
+    )
     others = [run_packed(packed, inputs, packing), run_packed_to_last(packed, inputs, packing)]
     assert len(calls) == 6  # three layers, twice
     for one, other in zip(outputs, others, strict=True):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hllm.models.history import UNKNOWN_TIME
-from hllm.models.packing import Packing, run_packed
-from hllm.models.probes import ProbedPacking, Probes
+from hllm.models.common.history import UNKNOWN_TIME
+from hllm.models.common.packing import Packing, run_packed
+from hllm.models.hllm.probes import ProbedPacking, Probes
 from tests.models.test_packing import pair  # noqa: F401
 
 LENGTHS = np.array([1, 2, 2, 6, 6])

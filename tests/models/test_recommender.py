@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hllm.models.backbone import build_decoder
-from hllm.models.features import EventFeatures
-from hllm.models.history import History
+from hllm.models.common.backbone import build_decoder
+from hllm.models.common.history import History
+from hllm.models.common.packing import Packing
+from hllm.models.common.recommender import Batch, Recommender, info_nce, no_negatives
+from hllm.models.hllm.features import EventFeatures
 from hllm.models.items import IdItems
-from hllm.models.packing import Packing
-from hllm.models.recommender import Batch, Recommender, info_nce, no_negatives
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Decoder
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hllm.models.backbone import build_decoder
-from hllm.models.features import EventFeatures
-from hllm.models.history import History
-from hllm.models.hstu import HSTUUser
+from hllm.models.common.backbone import build_decoder
+from hllm.models.common.history import History
+from hllm.models.common.packing import Packing
+from hllm.models.common.recommender import Batch, Recommender
+from hllm.models.hllm.features import EventFeatures
+from hllm.models.hstu.user import HSTUUser
 from hllm.models.items import IdItems, TextItems
-from hllm.models.packing import Packing
-from hllm.models.recommender import Batch, Recommender
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Decoder
 

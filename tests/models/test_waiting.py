@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, BertConfig, PreTrainedConfig
 
-from hllm.models import packing
-from hllm.models.backbone import layers_of
-from hllm.models.hstu import HSTUUser
+from hllm.models.common import packing
+from hllm.models.common.backbone import layers_of
+from hllm.models.common.packing import Packing, packed_attention, run_packed, run_packed_to_last
+from hllm.models.common.recommender import Recommender
+from hllm.models.hstu.user import HSTUUser
 from hllm.models.items import IdItems
-from hllm.models.packing import Packing, packed_attention, run_packed, run_packed_to_last
-from hllm.models.recommender import Recommender
 from hllm.models.users import SASRecUser
 from hllm.settings import Stage
 from hllm.training.batches import Batches

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from hllm.errors import ConfigError, GateError
-from hllm.registry import server, versions
+from hllm.registry import versions
 from hllm.registry.promote import promote, reject, rollback
 from hllm.settings import Settings
+from hllm.work import mlflow as server
 
 SERVICE = "feast.feature_service"
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from hllm.artifacts import Store
 from hllm.errors import DataError, GateError
+from hllm.pipeline import keys, pipeline_key, steps
 from hllm.plan import RELEASE, plan
 from hllm.registry import register as register_module
-from hllm.registry import server, versions
+from hllm.registry import versions
 from hllm.registry.promote import promote
 from hllm.registry.register import register
 from hllm.settings import Settings
-from hllm.steps import keys, pipeline_key, steps
+from hllm.work import mlflow as server
+from hllm.work.artifacts import Store
 from tests import world
 from tests.conftest import free_port
 from tests.registry.conftest import Server
@@ -111,7 +112,7 @@ def test_the_model_answers_where_hllm_is_not_installed(
     import mlflow
     import pandas as pd
 
-    from hllm.models.package import Package
+    from hllm.embedding.package import Package
 
     settings = pipeline()
     register(settings)

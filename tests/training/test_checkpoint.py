@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from hllm.artifacts import Store, file_digests
-from hllm.objects import list_objects, read_object, write_object
+from hllm.pipeline import keys
 from hllm.settings import Settings
-from hllm.steps import keys
 from hllm.training.checkpoint import Checkpoints
+from hllm.work.artifacts import Store, file_digests
+from hllm.work.objects import list_objects, read_object, write_object
 from tests.conftest import S3
 from tests.world import run_steps
 
@@ -126,7 +126,7 @@ def test_a_killed_training_continues_on_another_machine_and_ends_bit_for_bit_the
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
 
     monkeypatch.setenv("HOME", str(tmp_path / "another-machine"))
-    monkeypatch.setattr("hllm.claims.STALE_SECONDS", 2.0)  # the dead one's lock
+    monkeypatch.setattr("hllm.work.lease.STALE_SECONDS", 2.0)  # the dead one's lock
     continued = run_steps(remote, "train-hllm-1")
     assert "train-hllm-1: continues from step 4 of 8" in capsys.readouterr().out
     assert "another-machine" in str(continued)

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import encoded
 from hllm.errors import DataError, Terminated
-from hllm.models.lora import merged_state
-from hllm.models.recommender import Recommender
-from hllm.processes import joined, place
+from hllm.models.common.lora import merged_state
+from hllm.models.common.recommender import Recommender
 from hllm.settings import Stage
 from hllm.training import loop
 from hllm.training.batches import Batches
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
 from hllm.training.train import validation_ndcg
+from hllm.work.ranks import joined, place
 from tests.training.world import matrices_spread, on_ranks, prepared_of, tiny_llms
 
 STAGE = Stage(

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hllm.data.prepared import Prepared
+from hllm.models.common.recommender import Recommender
 from hllm.models.items import CachedItems, IdItems
-from hllm.models.recommender import Recommender
 from hllm.models.users import SASRecUser
-from hllm.processes import joined, place, total
 from hllm.training.batches import Batches
 from hllm.training.gradients import Computation, backpropagate
+from hllm.work.ranks import joined, place, total
 from tests.training.world import on_ranks, prepared_of, tiny_llms
 
 KINDS = ("texts", "ids", "cached")

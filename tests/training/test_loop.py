@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
-from hllm.models.backbone import build_decoder
+from hllm.models.common.backbone import build_decoder
+from hllm.models.common.recommender import Recommender
 from hllm.models.items import TextItems
-from hllm.models.recommender import Recommender
 from hllm.models.users import SASRecUser
 from hllm.settings import Decoder, Stage
 from hllm.training.batches import Batches

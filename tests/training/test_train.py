@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hllm.data.prepared import Prepared
-from hllm.models.backbone import compile_layers, layers_of
-from hllm.models.recommender import Recommender
+from hllm.models.common.backbone import compile_layers, layers_of
+from hllm.models.common.recommender import Recommender
 from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.train import prepare_layers

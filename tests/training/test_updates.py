@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from hllm.data.prepared import Prepared
 from hllm.embedding.scores import judges
 from hllm.errors import Terminated
+from hllm.models.common.recommender import Recommender
 from hllm.models.items import CachedItems
 from hllm.models.load import ID_USERS, new_model
-from hllm.models.recommender import Recommender
-from hllm.processes import joined, place
 from hllm.settings import Settings
 from hllm.training.train import prepare_layers, validation_auc, validation_ndcg
+from hllm.work.ranks import joined, place
 from tests.training.test_distributed import STAGE, assert_alike, keep, prepared, trained
 from tests.training.world import ADAPTED, FEATURES, labelled, matrices_spread, on_ranks, tiny_hllm
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from hllm.data.prepared import Prepared, write_arrays
-from hllm.models.backbone import build_decoder
+from hllm.models.common.backbone import build_decoder
+from hllm.models.common.lora import choose_what_learns
+from hllm.models.common.recommender import Recommender
 from hllm.models.items import IdItems, TextItems
 from hllm.models.load import new_model
-from hllm.models.lora import choose_what_learns
-from hllm.models.recommender import Recommender
 from hllm.models.users import DecoderUser, SASRecUser
 from hllm.settings import Decoder, Settings
 from tests.conftest import free_port

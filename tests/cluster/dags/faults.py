@@ -14,8 +14,8 @@ from pathlib import Path
 from airflow.sdk import DAG, Context
 from wiring.runner import Environment, hllm_task
 
+from hllm.pipeline import steps
 from hllm.settings import load
-from hllm.steps import steps
 
 
 def environment(values: Mapping[str, str]) -> Environment:

@@ -1,5 +1,0 @@
-"""The report of one candidate: a self-contained HTML page. `page.py` gathers, `page.html` lays out."""
-
-from hllm.evaluation.report.page import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,485 @@
+"""The pipeline as data: every step, what it needs, what settings decide its output, and how one is executed.
+
+`hllm plan`, the commands and the Airflow DAGs all read this file, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import hllm
+from hllm.errors import ConfigError, DataError, InfraError, Terminated
+from hllm.settings import Settings
+from hllm.work import launch, ranks
+from hllm.work.artifacts import (
+    MANIFEST,
+    WORK,
+    Manifest,
+    Store,
+    clear,
+    digest_of,
+    file_digests,
+    file_schemas,
+    write_atomically,
+)
+from hllm.work.costs import Meter
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the pipeline."""
+
+    name: str
+    argv: tuple[str, ...]
+    title: str
+    needs: tuple[str, ...]
+    decides: tuple[str, ...]
+    """Dotted settings that change the output; together with the keys of `needs` they make the output's
+    key."""
+    run: str
+    """`module:function`, imported only when the step really runs: `function(context) -> None`."""
+    shared: bool = False
+    """Whether several processes can share the work (`run.processes`)."""
+    revision: int = 1
+    """Raised when the step's code changes what it writes."""
+
+
+UNDECISIVE = {"checkpoint_minutes", "keep_checkpoints", "batch_rows"}
+"""How often work is saved, how much of a table is read at a time: whoever continues a run may change them."""
+
+PRUNED = ("ingest", "validate", "prepare")
+"""Steps whose outputs `hllm prune` removes when nobody needs them any more."""
+
+FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,), "hstu": (1,)}
+"""Family -> its training stages."""
+
+_TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
+    ("hllm", 1): (
+        "run.seed",
+        "model.item_llm",
+        "model.user_llm",
+        "model.user_features",
+        "model.objective",
+        "model.generative_weight",
+        "model.dropout",
+        "model.temperature",
+        "model.item_vector",
+        "model.whiten",
+        "train.stage1",
+    ),
+    ("hllm", 2): (
+        "run.seed",
+        "model.user_llm.frozen",
+        "model.user_llm.lora_rank",
+        "model.generative_weight",
+        "model.dropout",
+        "train.stage2",
+    ),
+    ("sasrec", 1): ("run.seed", "model.sasrec", "model.temperature", "train.sasrec"),
+    ("hstu", 1): ("run.seed", "model.hstu", "model.temperature", "train.hstu"),
+}
+
+
+_TRAIN_REVISIONS: dict[tuple[str, int], int] = {("hllm", 1): 2}
+"""2: a random User LLM starts with larger inputs; a frozen BERT is read without its dropout."""
+
+
+def stages_of(settings: Settings, family: str) -> tuple[int, ...]:
+    """The stages that are trained: all of a baseline's, of the main family as many as `model.stages` says."""
+    chosen = settings.model.stages if family == settings.model.family else 0
+    return FAMILIES[family][: chosen or None]
+
+
+def train_name(family: str, stage: int) -> str:
+    return f"train-{family}-{stage}"
+
+
+def embed_name(family: str, stage: int) -> str:
+    return f"embed-{family}-{stage}"
+
+
+def steps(settings: Settings) -> dict[str, Step]:
+    """The steps up to the evaluation, in an order in which they can run. Registering and publishing
+    act on services and are found in `hllm.registry` and `hllm.features`."""
+    found = [
+        Step(
+            "ingest",
+            ("ingest",),
+            "raw log and catalogue -> two canonical tables",
+            (),
+            ("data",),
+            "hllm.data.ingest:ingest",
+        ),
+        Step(
+            "validate",
+            ("validate",),
+            "Great Expectations, quarantine",
+            ("ingest",),
+            ("validation", "run.name"),
+            "hllm.data.validate:validate",
+        ),
+        Step(
+            "prepare",
+            ("prepare",),
+            "ids, histories, token store",
+            ("validate",),
+            ("prepare", "model.item_llm.backbone"),
+            "hllm.data.prepare:prepare",
+        ),
+    ]
+    evaluated: list[str] = []
+    for family in dict.fromkeys((settings.model.family, *settings.model.baselines)):
+        for stage in stages_of(settings, family):
+            decides = _TRAIN_DECIDES[family, stage]
+            trained = settings.at(decides[-1])
+            # Validation reads as far as inference does; ID-based models at most as far as they learn.
+            if trained.evaluate_every and (
+                family == "hllm" or settings.embed.max_history < trained.history_length
+            ):
+                decides += ("embed.max_history",)
+            if settings.train.share < 1:
+                decides += ("train.share",)
+            cache = () if stage == 1 else (train_name(family, 1), embed_name(family, 1))
+            found.append(
+                Step(
+                    train_name(family, stage),
+                    ("train", "--family", family, "--stage", str(stage)),
+                    f"{family} stage {stage}",
+                    ("prepare", *cache),
+                    decides,
+                    "hllm.training.train:train",
+                    shared=True,
+                    revision=_TRAIN_REVISIONS.get((family, stage), 1),
+                )
+            )
+            evaluated.append(train_name(family, stage))
+            if stage == 1:
+                found.append(
+                    Step(
+                        embed_name(family, 1),
+                        ("embed", "--family", family, "--stage", "1"),
+                        f"{family}: every item encoded once",
+                        ("prepare", train_name(family, 1)),
+                        ("embed.shard_items",),
+                        "hllm.embedding.items:embed_items",
+                        shared=True,
+                    )
+                )
+                evaluated.append(embed_name(family, 1))
+    main = settings.model.family
+    last = train_name(main, stages_of(settings, main)[-1])
+    found.append(
+        Step(
+            embed_name(main, 3),
+            ("embed", "--family", main, "--stage", "3"),
+            f"{main}: frozen; every item and user exported",
+            tuple(dict.fromkeys(("prepare", train_name(main, 1), embed_name(main, 1), last))),
+            ("embed.max_history", "embed.shard_users"),
+            "hllm.embedding.export:export",
+            shared=True,
+        )
+    )
+    if settings.ranking.test_from:
+        found.append(
+            Step(
+                "rank",
+                ("rank",),
+                "the reference ranker, with and without the vectors",
+                ("prepare", embed_name(main, 1), last),
+                ("ranking", "evaluation", "run.seed", "embed.max_history"),
+                "hllm.ranker.rank:rank",
+            )
+        )
+    found.append(
+        Step(
+            "evaluate",
+            ("evaluate",),
+            "full ranking of every model",
+            ("prepare", *evaluated),
+            ("evaluation", "run.seed", "embed.max_history", "model.family"),
+            "hllm.evaluation.evaluate:evaluate",
+            shared=True,
+        )
+    )
+    return {step.name: step for step in found}
+
+
+def keys(settings: Settings) -> dict[str, str]:
+    """The output key of every step, computed without running anything."""
+    from hllm.data.readers import source_fingerprints
+    from hllm.models.common.backbone import fingerprint
+
+    found: dict[str, str] = {}
+    for step in steps(settings).values():
+        found[step.name] = digest_of(
+            {
+                "step": step.name,
+                "revision": step.revision,
+                "settings": settings_of(step, settings),
+                "needs": [found[need] for need in step.needs],
+                "source": source_fingerprints(settings.data) if step.name == "ingest" else None,
+                "backbones": [
+                    fingerprint(settings.at(f"model.{tower}.backbone"))
+                    for tower in ("item_llm", "user_llm")
+                    if any(dotted.startswith(f"model.{tower}") for dotted in step.decides)
+                ],
+            }
+        )
+    return found
+
+
+def settings_of(step: Step, settings: Settings) -> dict[str, Any]:
+    """The values that decide a step's output."""
+    values = {dotted: settings.at(dotted) for dotted in step.decides}
+    return {
+        dotted: value.model_dump(mode="json", exclude=UNDECISIVE) if hasattr(value, "model_dump") else value
+        for dotted, value in values.items()
+    }
+
+
+def pipeline_key(keys: Mapping[str, str]) -> str:
+    """Names one whole pipeline: same data, same settings, same key. The MLflow parent run carries it."""
+    return digest_of(sorted(keys.items()))
+
+
+@dataclass
+class Context:
+    """What a running step sees: its settings, its inputs as local folders, and where to write."""
+
+    settings: Settings
+    step: Step
+    key: str
+    inputs: Mapping[str, Path]
+    output: Path
+    store: Store
+    tracker: Any = None
+    rows: dict[str, int] = field(default_factory=dict)
+    """Row counts for the manifest."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Anything small a reader of the manifest wants to know."""
+    carried: set[str] = field(default_factory=set)
+    """Files of the output that are in S3 before it is finished."""
+
+    @property
+    def work(self) -> Path:
+        """Scratch that survives a kill (checkpoints, partial shards) and is removed when the step is done."""
+        folder = self.output / WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def has(self, path: Path) -> bool:
+        """Whether a part of the output is made already, by this run or an earlier one, here or elsewhere."""
+        found = False
+        if ranks.place().first and not (found := path.exists()):
+            found = self.store.bring(self.step.name, self.key, path.name)
+            if found:
+                self.carried.add(path.name)
+        return ranks.any_of(found)
+
+    def keep(self, path: Path) -> None:
+        """A part of the output is whole: in S3 it is safe at once, and the step continues after it."""
+        self.store.carry(self.step.name, self.key, path.name)
+        self.carried.add(path.name)
+
+    @property
+    def work_location(self) -> str:
+        """Where scratch outlives this machine: in S3 beside the output, or nowhere ("")."""
+        return self.store.work_location(self.step.name, self.key)
+
+    @property
+    def curves(self) -> Path:
+        return self.output / "curves.jsonl"
+
+    def log(self, values: Mapping[str, float], at: int) -> None:
+        """One point of each curve: kept in the output's `curves.jsonl` and sent to MLflow, by the first
+        process."""
+        if not ranks.place().first:
+            return
+        with self.curves.open("a", encoding="utf-8") as file:
+            file.write(
+                json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n"
+            )
+        if self.tracker:
+            self.tracker.log_metrics(values, at)
+
+    def tidy_curves(self) -> None:
+        """A killed run logs the steps after its last checkpoint twice: the later point of each is kept."""
+        path, points = self.curves, {}
+        if path.exists():
+            for line in path.read_text("utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill can cut the last line
+                    point = json.loads(line)
+                    points[point["at"], *sorted(point)] = point
+            kept = sorted(points.values(), key=lambda point: point["at"])
+            write_atomically(path, "".join(json.dumps(point) + "\n" for point in kept).encode())
+
+    @contextlib.contextmanager
+    def graceful(self) -> Iterator[threading.Event]:
+        """SIGTERM sets the event instead of interrupting: finish the current unit of work, checkpoint, raise
+        Terminated."""
+        stopping = threading.Event()
+        if threading.current_thread() is not threading.main_thread():
+            yield stopping
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+        try:
+            yield stopping
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def terminate(*_: object) -> None:
+    """The SIGTERM handler of commands: unwind, release locks, exit 143."""
+    raise Terminated
+
+
+@dataclass(frozen=True)
+class Outcome:
+    manifest: Manifest
+    reused: bool
+
+
+def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[str] | None = None) -> Outcome:
+    """Run one step, or find that it has been done. `argv`: the command line that asked for it, with which
+    several processes can be started.
+
+    Raises:
+        ConfigError: there is no such step with these settings.
+        DataError: an input is not finished.
+    """
+    found = steps(settings)
+    if name not in found:
+        raise ConfigError(f"no step {name} with these settings", remedy=f"Steps: {', '.join(found)}.")
+    step, all_keys = found[name], keys(settings)
+    store, key = Store(settings.run.root), all_keys[name]
+    done = store.manifest(name, key)
+    if done and not force:
+        if name.startswith("train-"):  # the only steps that keep anything in S3 before they are finished
+            store.tidy(name, key)
+        _use(store, name, key)
+        return Outcome(done, reused=True)
+    for need in step.needs:
+        if store.manifest(need, all_keys[need]) is None:
+            raise DataError(
+                f"needs the output of {need}, which has not run with these settings",
+                where=name,
+                remedy=f"Run `hllm {' '.join(found[need].argv)}` with the same settings first; "
+                "`hllm plan` shows what is missing.",
+            )
+        _use(store, need, all_keys[need])
+    limit_threads(settings)
+    count = launch.wanted(settings) if step.shared and argv is not None else 0
+    if argv is not None and count:
+        launch.run(count, argv, settings.runner)
+        return Outcome(_finished(store, name, key), reused=False)
+    with ranks.joined(alone_too=name.startswith("train-") and settings.train.zero > 0) as place:
+        if place.first:
+            outcome = _lead(step, settings, store, all_keys, force)
+        else:
+            inputs = _fetch(step, store, all_keys)
+            context = Context(settings, step, key, inputs, store.folder(name, key), store)
+            _load(step.run)(context)
+        ranks.barrier()  # until the first has written the manifest
+        return outcome if place.first else Outcome(_finished(store, name, key), reused=False)
+
+
+def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, str], force: bool) -> Outcome:
+    """The only process of a step, or the first of several: it alone locks, records and finishes."""
+    from hllm.work.tracking import child_run
+
+    name, key = step.name, all_keys[step.name]
+    with store.lock(name, key):
+        if not force and (done := store.manifest(name, key)):  # while this one waited for the lock
+            return _reused_by_all(done, store)
+        inputs = _fetch(step, store, all_keys)
+        output = store.folder(name, key)
+        if force:
+            store.forget(name, key)
+        (output / MANIFEST).unlink(missing_ok=True)  # in S3 it may have been removed from elsewhere
+        output.mkdir(parents=True, exist_ok=True)
+        context = Context(settings, step, key, inputs, output, store)
+        meter = Meter()
+        with child_run(settings, pipeline_key(all_keys), name, settings_of(step, settings)) as tracker:
+            context.tracker = tracker
+            tracker.belongs_to(all_keys)
+            _load(step.run)(context)
+            clear(output / WORK)
+            files = file_digests(output, exclude=(WORK,))
+            manifest = Manifest(
+                step=name,
+                key=key,
+                settings_digest=digest_of(settings_of(step, settings)),
+                code_version=hllm.__version__,
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=meter.seconds,
+                digest=digest_of(files),
+                rows=context.rows,
+                facts=context.facts,
+                files=files,
+                schema=file_schemas(output, files),
+                usage=meter.usage(),
+            )
+            tracker.finish(manifest)
+        store.finish(manifest, context.carried)
+        store.clear_work(name, key)
+    return Outcome(manifest, reused=False)
+
+
+def _reused_by_all(done: Manifest, store: Store) -> Outcome:
+    """What another process has finished meanwhile. Several processes are working at it already: they end, and
+    the next try finds it."""
+    if ranks.place().size > 1:
+        raise InfraError(
+            "another process has finished this output meanwhile", where=store.location(done.step, done.key)
+        )
+    _use(store, done.step, done.key)
+    return Outcome(done, reused=True)
+
+
+def _use(store: Store, name: str, key: str) -> None:
+    """A pipeline goes on from this output. MLflow does not know so before a step runs: steps may wait, and
+    inputs take a while to arrive."""
+    if name in PRUNED:
+        store.use(name, key)
+
+
+def _fetch(step: Step, store: Store, all_keys: Mapping[str, str]) -> dict[str, Path]:
+    """The inputs as local folders. One process of each machine downloads them, the others find them there."""
+    for turn in (True, False):
+        if turn == (ranks.place().local_rank == 0):
+            inputs = {need: store.fetch(need, all_keys[need]) for need in step.needs}
+        ranks.barrier()
+    return inputs
+
+
+def _finished(store: Store, name: str, key: str) -> Manifest:
+    found = store.manifest(name, key)
+    if found is None:
+        raise ConfigError(
+            "the first process has finished the step, and its output is not here",
+            where=store.location(name, key),
+            remedy="Several machines need a run.root that all of them see: s3:// or a shared folder.",
+        )
+    return found
+
+
+def limit_threads(settings: Settings) -> None:
+    """OpenMP reads this when torch is first imported: one process must not take more cores than it was
+    given."""
+    if settings.run.threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(settings.run.threads))
+
+
+def _load(reference: str) -> Any:
+    module, _, function = reference.partition(":")
+    return getattr(importlib.import_module(module), function)

@@ -1,0 +1,91 @@
+"""What the numbers of a report mean, in sentences: names of models and metrics, and points to weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hllm.evaluation.names import metric_name
+from hllm.settings import Settings
+from hllm.work.artifacts import Manifest
+
+SEGMENTS = {"cold": "cold", "long_tail": "long tail", "other": "other"}
+FEW_USERS = 30
+"""An interval from fewer users is not to be trusted."""
+
+
+def segment_name(segment: str) -> str:
+    kind, _, name = segment.partition(":")
+    return f"{SEGMENTS[name]} {kind}s"
+
+
+def segment_limit(segment: str, limits: Mapping[str, int]) -> str:
+    """`1 to 29 training events`."""
+    kind, _, name = segment.partition(":")
+    cold, tail = limits[f"{kind}:cold"], limits[f"{kind}:long_tail"]
+    if name == "cold":
+        return f"at most {cold:,} training events" if cold else "no training events"
+    if name == "other":
+        return f"more than {max(cold, tail):,} training events"
+    return f"{cold + 1:,} to {tail:,} training events"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def advice(
+    settings: Settings,
+    metrics: Mapping[str, Any],
+    against: Sequence[Any],
+    validation: Sequence[Mapping[str, Any]],
+    manifests: Mapping[str, Manifest],
+) -> list[str]:
+    """Points to weigh that a single number hides."""
+    metric, mode, found = settings.gate.metric, metrics["headline"], []
+    for row in against:
+        said = row.says(mode, metric)
+        if row.label != "popular" and said == "no clear difference":
+            found.append(f"No clear difference from {row.name}: the interval of the ratio includes 1.")
+        elif said == "worse":
+            found.append(f"Worse than {row.name} in {metric_name(metric)} overall.")
+    for row in against:
+        if row.label in ("sasrec-1", "champion"):
+            for outcome in ("worse", "better"):
+                names = row.segments_that_are(outcome, mode, metric)
+                if names:
+                    described = [
+                        f"{segment_name(name)} ({segment_limit(name, metrics['limits'])})" for name in names
+                    ]
+                    found.append(f"{outcome.capitalize()} than {row.name} for {_listed(described)}.")
+    quarantined = manifests["validate"].rows.get("quarantined", 0) if "validate" in manifests else 0
+    if quarantined:
+        found.append(f"{quarantined:,} rows of the data went to quarantine (see the validation below).")
+    failed = [row["name"] for row in validation if not row["passed"]]
+    if failed:
+        found.append(f"Expectations that failed: {', '.join(failed)}.")
+    if metrics.get("rows_without_history"):
+        left_out = metrics["rows_without_history"]
+        found.append(f"{left_out:,} held-out events were left out: their users had no earlier event.")
+    return found + _effort(manifests, metrics["candidate"])
+
+
+def _effort(manifests: Mapping[str, Manifest], candidate: str) -> list[str]:
+    """A comparison is fair when both sides had their time; the reader should see how much that was."""
+    family = candidate.rpartition("-")[0]
+    mine = [manifest for name, manifest in manifests.items() if name.startswith(f"train-{family}-")]
+    rival = manifests.get("train-sasrec-1")
+    if not mine or rival is None or family == "sasrec":
+        return []
+    return [
+        f"Trained for {duration(sum(manifest.seconds for manifest in mine))} in {len(mine)} "
+        f"stage{'s' if len(mine) > 1 else ''}; SASRec for {duration(rival.seconds)}."
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -29,7 +29,7 @@ stop: setup  ## end what demo or ui left running
 	$(BIN)/python -m hllm.demo --stop
 
 test: setup  ## the tests (no root, no server installed beforehand)
-	$(BIN)/pytest -m "not slow and not cluster"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not cluster"
 
 test-slow: setup  ## the longer proofs
 	$(BIN)/pytest -m "slow and not cluster"

@@ -22,7 +22,7 @@ from hllm.work import mlflow as server
 from hllm.work.artifacts import Store
 from tests import world
 from tests.conftest import free_port
-from tests.registry.conftest import Server
+from tests.mlflow_server import Server
 
 Sets = dict[str, Any]
 

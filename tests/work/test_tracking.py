@@ -17,7 +17,7 @@ from hllm.work import tracking
 from hllm.work.artifacts import Manifest, Store
 from hllm.work.tracking import child_run
 from tests.conftest import free_port
-from tests.registry.conftest import Server
+from tests.mlflow_server import Server
 
 PIPELINE = "0123456789abcdef"
 

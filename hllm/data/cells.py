@@ -1,4 +1,4 @@
-"""What a cell means: ids, times, labels and texts out of whatever type a file stores them in.
+"""What a cell means: times, labels and texts out of whatever type a file stores them in (`ids` has ids).
 
 A cell that cannot be read becomes null and its text is kept beside it (`timestamp_raw`, `label_raw`): the
 validation step quarantines the row, with what stood there.
@@ -17,52 +17,8 @@ import pyarrow.compute as pc
 
 from hllm.errors import DataError
 
-Unit = Literal["s", "ms", "us", "iso"]
-PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
-WHOLE_FLOATS = 2**53
-_FLOAT_ID = re.compile(r"-?\d+\.0")
-
-
-def ids(column: pa.Array, where: str) -> pa.Array:
-    """Ids are strings. The number 1 is "1", and so is 1.0: integers with gaps are often stored as floats."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column, kind = column.dictionary_decode(), kind.value_type
-    if pa.types.is_string(kind):
-        return column
-    if (
-        pa.types.is_integer(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_null(kind)
-        or pa.types.is_string_view(kind)
-    ):
-        return column.cast(pa.string())
-    if pa.types.is_floating(kind):
-        values = column.to_pylist()
-        if any(value is not None and math.isfinite(value) and abs(value) > WHOLE_FLOATS for value in values):
-            raise DataError(
-                "holds ids as floating point numbers beyond 2^53: their last digits are already lost",
-                where=where,
-                remedy="Write the ids as integers or strings.",
-            )
-        return pa.array([_float_id(value) for value in values], pa.string())
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        try:
-            return column.cast(pa.string())
-        except pa.ArrowInvalid:
-            raise DataError("holds ids that are not UTF-8 text", where=where) from None
-    raise DataError(f"holds {kind}, not ids (strings or integers)", where=where)
-
-
-def written_by_float(column: pa.Array) -> bool:
-    """Whether a text column was written from floating point numbers: every cell reads like 17.0 (or nan)."""
-    cells = [cell for cell in column.to_pylist() if cell not in (None, "nan", "NaN")]
-    return bool(cells) and all(_FLOAT_ID.fullmatch(cell) for cell in cells)
-
-
-def without_fraction(column: pa.Array) -> pa.Array:
-    """17.0 -> 17 in a text column that was written from floating point numbers."""
-    return pc.replace_substring_regex(column, r"^(-?\d+)\.0$", r"\1")
+Unit = Literal["s", "ms", "us", "ns", "iso"]
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
 def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Array]:
@@ -111,9 +67,17 @@ def numbers(column: pa.Array) -> tuple[list[float | None], pa.Array]:
 
 
 def texts(column: pa.Array, where: str) -> pa.Array:
-    """Any scalar as text; a list of texts is joined by commas."""
+    """Any scalar as text; a list of texts is joined by commas.
+
+    Raises:
+        DataError: the type has no text, or its bytes are not UTF-8.
+    """
     kind = column.type
+    if pa.types.is_dictionary(kind):
+        return texts(column.dictionary_decode(), where)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        if pa.types.is_nested(kind.value_type) or _is_bytes(kind.value_type):
+            raise DataError(f"holds {kind}, not text", where=where)
         lists = column.to_pylist()
         return pa.array(
             [
@@ -122,12 +86,16 @@ def texts(column: pa.Array, where: str) -> pa.Array:
             ],
             pa.string(),
         )
-    if pa.types.is_floating(kind):  # a year with gaps is stored as 1995.0
-        return pa.array([_float_id(value) for value in column.to_pylist()], pa.string())
+    if pa.types.is_floating(kind):  # a year with gaps is stored as 1995.0, and cast to 1995
+        column = pc.if_else(pc.is_nan(column.cast(pa.float64())), None, column)
     try:
         return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise DataError(f"holds {kind}, not text", where=where) from None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -177,7 +145,11 @@ def _number_seconds(cell: object, per_second: int) -> int | None:
 def _iso_seconds(cell: object) -> int | None:
     if _missing(cell):
         return None
-    moment = datetime.fromisoformat(str(cell).strip())
+    # BigQuery and others write the zone as a word; Java in brackets behind the offset.
+    text = re.sub(
+        r" ?(UTC|GMT)$|(?<=[Z\d])\[[\w/+-]+\]$", lambda found: "Z" if found[1] else "", str(cell).strip()
+    )
+    moment = datetime.fromisoformat(text)
     return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
@@ -193,9 +165,3 @@ def _label(cell: object) -> int | None:
 
 def _missing(cell: object) -> bool:
     return cell is None or str(cell).strip().lower() in ("", "nan", "nat", "null", "none", "<na>")
-
-
-def _float_id(value: float | None) -> str | None:
-    if value is None or math.isnan(value):
-        return None
-    return str(int(value)) if value.is_integer() else repr(value)

@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from hllm.data.engine import duck
+from hllm.data.ids import AS_TEXT, Spelling, spelled_twice, without_fractions
 from hllm.data.readers import Source, has_times, open_source
 from hllm.data.schema import conform, interactions_schema, items_schema
+from hllm.data.tables import open_parquet
 from hllm.errors import DataError
 from hllm.pipeline import Context
 from hllm.work.artifacts import clear
@@ -26,8 +29,13 @@ def ingest(context: Context) -> None:
     """Write items.parquet and interactions.parquet, one batch of the source at a time."""
     clear(context.output)
     source = open_source(context.settings.data, context.work)
-    context.rows["items"] = write_items(source, context.output / "items.parquet")
-    context.rows["interactions"] = write_interactions(source, context.output / "interactions.parquet")
+    users, items = Spelling("user"), Spelling("item")
+    context.rows["items"] = write_items(source, context.output / "items.parquet", items)
+    context.rows["interactions"] = write_interactions(
+        source, context.output / "interactions.parquet", users, items
+    )
+    for spelling in (users, items):
+        settle(spelling, context)
     context.facts["source"] = {"interactions": source.interactions_at, "items": source.items_at}
     if not has_times(source.data):
         first = f"second {source.data.order_starts} + n (data.order_starts)"
@@ -35,19 +43,64 @@ def ingest(context: Context) -> None:
         print(f"ingest: the source has no times; they are {context.facts['times']}", file=sys.stderr)
 
 
-def write_items(source: Source, path: Path) -> int:
+def settle(spelling: Spelling, context: Context) -> None:
+    """Now that every id has been seen: whether "17.0" is the number 17 or a name.
+
+    Raises:
+        DataError: digits may be lost, or names and numbers stand beside each other and one number is written
+            in two ways.
+    """
+    spelling.refuse_lost()
+    if spelling.are_numbers:
+        for path, column in spelling.places:
+            _rewrite(path, column)
+    elif spelling.places:
+        files = {path for path, _ in spelling.places} | set(context.output.glob("*.parquet"))
+        column = spelling.places[0][1]
+        with duck.connect(context.work, context.settings.run.threads) as db:
+            selects = [
+                f"SELECT {duck.name(column)} FROM {duck.parquet(path)}"
+                for path in sorted(files)
+                if column in pa.parquet.read_schema(path).names
+            ]
+            count, pairs = spelled_twice(db, selects)
+        if count:
+            raise DataError(
+                f"{count:,} {spelling.kind} ids are written in two ways: are they the same?",
+                where=column,
+                examples=[" and ".join(map(repr, pair)) for pair in pairs],
+                remedy=f"Other {spelling.kind} ids are names ({spelling.word!r}). {AS_TEXT}",
+            )
+
+
+def _rewrite(path: Path, column: str) -> None:
+    whole = path.with_suffix(".whole")
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        at = schema.names.index(column)
+        with pa.parquet.ParquetWriter(whole, schema, compression="zstd") as writer:
+            for batch in file.iter_batches():
+                writer.write_batch(
+                    batch.set_column(at, schema.field(at), without_fractions(batch.column(at)))
+                )
+    whole.replace(path)
+
+
+def write_items(source: Source, path: Path, ids: Spelling) -> int:
     batches = source.items()
     first = _first(batches, source.items_at)
     schema = items_schema(first.schema.names)
     rows = 0
     with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in _chained(first, batches):
-            writer.write_batch(conform(batch, schema))
-            rows += batch.num_rows
+            whole = conform(batch, schema)
+            ids.look(whole.column("item_id"), path, "item_id")
+            writer.write_batch(whole)
+            rows += whole.num_rows
     return rows
 
 
-def write_interactions(source: Source, path: Path) -> int:
+def write_interactions(source: Source, path: Path, users: Spelling, items: Spelling) -> int:
     batches = source.interactions()
     first = _first(batches, source.interactions_at)
     schema = interactions_schema()
@@ -59,6 +112,8 @@ def write_interactions(source: Source, path: Path) -> int:
     ):
         for batch in _chained(first, batches):
             whole = conform(batch, schema)
+            users.look(whole.column("user_id"), path, "user_id")
+            items.look(whole.column("item_id"), path, "item_id")
             writer.write_batch(whole)
             rows += whole.num_rows
             readable += whole.num_rows - whole.column("timestamp").null_count

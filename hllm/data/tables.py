@@ -7,9 +7,9 @@ that are not UTF-8) ends here.
 
 from __future__ import annotations
 
-import codecs
 import difflib
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from hllm.data.json_values import Fields, is_broken, records
+from hllm.data.parts import kind_of
+from hllm.data.streams import (
+    beginning,
+    is_parquet_inside,
+    open_text,
+    refuse_damaged,
+    refuse_foreign,
+    refuse_other_encoding,
+    require_file,
+)
 from hllm.errors import ConfigError, DataError
 from hllm.work.objects import BLOCK_BYTES as READ_BYTES
 from hllm.work.objects import is_s3, open_object
@@ -37,18 +48,26 @@ def read_table(
         DataError: the file is missing, empty, damaged, not UTF-8, or lacks a column.
     """
     name = name or str(path)
-    suffixes = path.name.lower().split(".")[1:]
-    if is_s3(name) and "parquet" in suffixes:
+    kind = kind_of(path.name)
+    if is_s3(name) and kind == "parquet":
         return _parquet(open_object(name), wanted, batch_rows, name)
-    if not path.is_file():
-        raise DataError("is a folder, not a file" if path.is_dir() else "no such file", where=name)
-    if path.stat().st_size == 0:
-        raise DataError("is an empty file", where=name)
-    if "parquet" in suffixes:
+    require_file(path, name)
+    if is_parquet_inside(path):
         return _parquet(path, wanted, batch_rows, name)
-    if "csv" in suffixes or "tsv" in suffixes:
-        return read_delimited(path, wanted, batch_rows, name, delimiter="\t" if "tsv" in suffixes else ",")
-    raise ConfigError("is neither .parquet nor .csv nor .tsv", where=name)
+    refuse_foreign(path, name)
+    if kind == "parquet":
+        head = beginning(path)
+        raise DataError(
+            f"cannot be read as Parquet: it begins with {head[:8]!r}",
+            where=name,
+            remedy="If it is text, name it .csv or .jsonl. If not: is the file complete?",
+        )
+    if kind == "json":
+        return read_records(path, wanted, batch_rows, name)
+    if kind == "csv":
+        tabs = "tsv" in path.name.lower().split(".")[1:]
+        return read_delimited(path, wanted, batch_rows, name, delimiter="\t" if tabs else ",")
+    raise ConfigError("is neither .parquet nor .csv nor .tsv nor .jsonl", where=name)
 
 
 def open_parquet(source: Path | BinaryIO) -> pa.parquet.ParquetFile:
@@ -65,10 +84,18 @@ def read_delimited(
     delimiter: str,
     quote: str | bool = '"',
 ) -> Iterator[pa.RecordBatch]:
-    """Every cell as a string; an empty cell is null. Values may hold newlines when they are quoted."""
-    parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
+    """Every cell as a string; an empty cell is null. Values may hold newlines when they are quoted.
+
+    Where the header has the wanted columns between semicolons, tabs or bars instead, it is read so.
+    """
+    require_file(path, name)
     with _readable(path, name, "delimited text"):
-        names = _open(path, parse, pa.csv.ConvertOptions()).schema.names
+        names = _header(path, name, delimiter, quote)
+        if not set(wanted) <= set(names) and quote:
+            for other in sorted(set(",;\t|") - {delimiter}):
+                others = _header(path, name, other, quote)
+                if set(wanted) <= set(others):
+                    names, delimiter = others, other
         _require(wanted, names, name)
         convert = pa.csv.ConvertOptions(
             include_columns=list(wanted),
@@ -76,16 +103,75 @@ def read_delimited(
             strings_can_be_null=True,
             null_values=[""],
         )
-        for batch in _open(path, parse, convert):
-            yield from _slices(batch, batch_rows)
+        with _open(path, name, _parsing(delimiter, quote), convert) as reader:
+            for batch in reader:
+                yield from _slices(batch, batch_rows)
+
+
+def _parsing(delimiter: str, quote: str | bool) -> pa.csv.ParseOptions:
+    return pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
+
+
+def _header(path: Path, name: str, delimiter: str, quote: str | bool) -> list[str]:
+    """Names of the columns. Rows are looked at later."""
+    parsing = _parsing(delimiter, quote)
+    parsing.invalid_row_handler = lambda row: "skip"
+    with _open(path, name, parsing, pa.csv.ConvertOptions()) as reader:
+        return list(reader.schema.names)
 
 
 def _open(
-    path: Path, parse: pa.csv.ParseOptions, convert: pa.csv.ConvertOptions
+    path: Path, name: str, parse: pa.csv.ParseOptions, convert: pa.csv.ConvertOptions
 ) -> pa.csv.CSVStreamingReader:
     # One thread: the row number in a parse error is only known then.
     read = pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-    return pa.csv.open_csv(str(path), read_options=read, parse_options=parse, convert_options=convert)
+    return pa.csv.open_csv(
+        open_text(path, name), read_options=read, parse_options=parse, convert_options=convert
+    )
+
+
+def read_records(
+    path: Path, wanted: Mapping[str, str], batch_rows: int, name: str
+) -> Iterator[pa.RecordBatch]:
+    """JSON lines, or one array of objects: every value as the text that the file has for it, an array of
+    values as one text with commas between them. A field that a record lacks is null."""
+    seen: dict[str, None] = {}
+    rows, found = 0, records(path, name)
+    while part := list(islice(found, batch_rows)):
+        for at, record in enumerate(part, start=rows + 1):
+            if not isinstance(record, Fields):
+                raise DataError(f"record {at:,} is not a JSON object", where=name, examples=[record])
+            if record.repeated:
+                raise DataError(f"record {at:,} names a field twice", where=name)
+            if not record.keys() <= seen.keys():
+                seen.update(dict.fromkeys(record))
+        rows += len(part)
+        columns = [
+            pa.array([_cell(record.get(column), column, name) for record in part], pa.string())
+            for column in wanted
+        ]
+        yield pa.record_batch(columns, names=list(wanted))
+    if rows:
+        _require(wanted, list(seen), name)
+
+
+def _cell(value: Any, column: str, name: str) -> str | None:
+    if isinstance(value, str):
+        if is_broken(value):
+            raise DataError(
+                "holds half a character (a lone surrogate such as \\ud83d)", where=f"{name}, column {column}"
+            )
+        return str(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        cells = [_cell(part, column, name) for part in value if not isinstance(part, list | dict)]
+        if len(cells) == len(value):
+            return ", ".join(cell for cell in cells if cell is not None)
+    if value is not None:
+        kind = "objects" if isinstance(value, dict) else "arrays of arrays or objects"
+        raise DataError(f"holds {kind}, not text", where=f"{name}, column {column}")
+    return None
 
 
 def _parquet(
@@ -93,8 +179,26 @@ def _parquet(
 ) -> Iterator[pa.RecordBatch]:
     with _readable(Path(name), name, "Parquet"), open_parquet(source) as file:
         _require(wanted, file.schema_arrow.names, name)
+        rows = 0
         for batch in file.iter_batches(batch_size=batch_rows, columns=list(wanted)):
-            yield batch.select(list(wanted))
+            batch = batch.select(list(wanted))
+            _refuse_invalid(batch, rows, name)
+            rows += batch.num_rows
+            yield batch
+
+
+def _refuse_invalid(batch: pa.RecordBatch, rows: int, name: str) -> None:
+    """Arrow hands on whatever bytes a file calls a string."""
+    for column in batch.schema.names:
+        try:
+            batch.column(column).validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"is not UTF-8 somewhere in rows {rows + 1:,} to {rows + batch.num_rows:,}: "
+                f"{' '.join(str(error).split())[:200]}",
+                where=f"{name}, column {column}",
+                remedy="Write it again from text that is decoded with its own encoding.",
+            ) from None
 
 
 def _slices(batch: pa.RecordBatch, rows: int) -> Iterator[pa.RecordBatch]:
@@ -107,13 +211,21 @@ def _require(wanted: Mapping[str, str], names: list[str], name: str) -> None:
         if names.count(column) > 1:
             raise DataError(f"has {names.count(column)} columns named {column!r}", where=name)
         if column not in names:
-            near = difflib.get_close_matches(column, names, n=3, cutoff=0.5)
+            near = _nearest(column, names)
             raise DataError(
                 f"has no column {column!r}."
                 + (f" Did you mean {' or '.join(map(repr, near))}?" if near else ""),
                 where=name,
                 remedy=f"{f'Set {setting}. ' if setting else ''}Its columns: {', '.join(names[:30])}.",
             )
+
+
+def _nearest(column: str, names: list[str]) -> list[str]:
+    def folded(name: str) -> str:
+        return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+    alike = [name for name in names if folded(name) == folded(column)]
+    return alike[:3] or difflib.get_close_matches(column, names, n=3, cutoff=0.5)
 
 
 class _readable:
@@ -126,20 +238,12 @@ class _readable:
         return None
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if not isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError) or isinstance(
-            error, DataError
-        ):
+        if not isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError):
             return
         message = " ".join(str(error).split())
         if self.kind != "Parquet":
-            bad_byte = _first_byte_not_utf8(self.path)
-            if bad_byte:
-                line, byte = bad_byte
-                raise DataError(
-                    f"is not UTF-8: line {line:,} holds the byte 0x{byte:02x}",
-                    where=self.name,
-                    remedy=f"Convert it, for example: iconv -f LATIN1 -t UTF-8 {self.path.name}",
-                ) from None
+            refuse_damaged(self.path, self.name, error)
+            refuse_other_encoding(self.path, self.name)
             if "straddling" in message:
                 raise DataError(
                     f"has a row longer than {BLOCK_BYTES >> 20} MiB: probably a quote that is never closed",
@@ -148,21 +252,8 @@ class _readable:
         remedy = "Is the file complete? Write it again, or copy it again from its source."
         if "Expected" in message:
             remedy = "A value with a delimiter or a line break in it must be quoted, and every quote closed."
+        if "ncrypt" in message:
+            remedy = "Write it without encryption: no keys are kept here."
         raise DataError(
             f"cannot be read as {self.kind}: {message[:300]}", where=self.name, remedy=remedy
         ) from None
-
-
-def _first_byte_not_utf8(path: Path) -> tuple[int, int] | None:
-    """(line number, byte) of the first byte that breaks UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    with pa.input_stream(str(path)) as file:
-        while chunk := file.read(1 << 20):
-            pending = decoder.getstate()[0]
-            try:
-                line += decoder.decode(chunk).count("\n")
-            except UnicodeDecodeError as error:
-                whole = pending + chunk
-                return line + whole[: error.start].count(b"\n"), whole[error.start]
-    return None

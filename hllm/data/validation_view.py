@@ -10,13 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from hllm.data.engine import duck
+from hllm.data.ids import NO_ID
 from hllm.data.schema import Rule, text_columns
 
 if TYPE_CHECKING:
     import duckdb
-
-NO_ID = ("nan", "NaN", "NaT", "<NA>", "None", "null", "NULL")
-"""What programs write where there is no id. A user who is really called so is quarantined, visibly."""
 
 
 def mark_items(db: duckdb.DuckDBPyConnection, raw: Path, marked: Path, rules: Sequence[Rule]) -> None:

@@ -30,19 +30,23 @@ class Columns(Section):
 class Data(Section):
     source: Literal["movielens", "amazon", "table"] = "table"
     """`movielens`: ml-100k atomic files. `amazon`: `NAME.inter.json` + `NAME.item.json`, order only.
-    `table`: Parquet or CSV with the names in `data.columns`."""
+    `table`: Parquet, CSV or JSON lines with the names in `data.columns`."""
     path: str = ""
     """Folder (or s3://) of a `movielens` or `amazon` source. Empty, for movielens: the copy inside the
     installed recbole wheel."""
     interactions: str = ""
-    """Interactions file of a `table` source: local path or s3://, .parquet or .csv."""
+    """Log of a `table` source: .parquet, .csv, .tsv or .jsonl, local or in S3. The files of a folder,
+    or of a pattern with `*`, are read in the order of their names."""
     items: str = ""
-    """Items file of a `table` source: local path or s3://, .parquet or .csv."""
+    """Catalogue of a `table` source: .parquet, .csv, .tsv or .jsonl, local or in S3. The files of a
+    folder, or of a pattern with `*`, are read in the order of their names."""
     columns: Columns = Columns()
     """How the columns of a `table` source are called."""
-    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
-    """Unit of the source's timestamps: seconds, milliseconds, microseconds since 1970, or ISO 8601 text (UTC
-    when it names no zone)."""
+    timestamp_unit: Literal["s", "ms", "us", "ns", "iso"] = "s"
+    """Unit of the log's timestamps: seconds, milliseconds, microseconds or nanoseconds since 1970, or ISO
+    8601 text (UTC when it names no zone). Columns of dates or times bring their own unit."""
+    created_at_unit: Literal["", "s", "ms", "us", "ns", "iso"] = ""
+    """Unit of `data.columns.created_at`; empty: that of the log."""
     order_starts: int = 1_000_000_000
     """Sources without times: the n-th event of a user happens at this second + n."""
     positive_rating: float = 4.0

@@ -277,6 +277,15 @@ def list_objects(location: str, client: Any = None) -> list[str]:
     return [f"s3://{bucket}/{entry['Key']}" for entry in _entries(location, client)]
 
 
+def object_tags(location: str, client: Any = None) -> dict[str, str]:
+    """Every object under a prefix, with its entity tag and size."""
+    bucket, _ = split_s3(location)
+    return {
+        f"s3://{bucket}/{entry['Key']}": f"{entry['ETag']}-{entry['Size']}"
+        for entry in _entries(location, client)
+    }
+
+
 def object_bytes(location: str, client: Any = None) -> int:
     """How large all objects under a prefix are together."""
     return sum(entry["Size"] for entry in _entries(location, client))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -9,33 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hllm.data import cells
-from hllm.errors import DataError
-
-
-@pytest.mark.parametrize(
-    "column",
-    [
-        pa.array([1, 2, None], pa.int32()),
-        pa.array([1.0, 2.0, None]),
-        pa.array([1.0, 2.0, math.nan]),
-        pa.array(["1", "2", None]),
-        pa.array(["1", "2", None], pa.large_string()),
-        pa.array(["1", "2", None]).dictionary_encode(),
-        pa.array([b"1", b"2", None]),
-    ],
-)
-def test_an_id_is_the_same_string_however_it_is_stored(column: pa.Array) -> None:
-    assert cells.ids(column, "here").to_pylist() == ["1", "2", None]
-
-
-def test_ids_that_lost_digits_to_floating_point_are_refused() -> None:
-    with pytest.raises(DataError, match="2\\^53"):
-        cells.ids(pa.array([2.0**60, 1.0]), "here")
-
-
-def test_ids_of_an_impossible_type_are_refused_by_name() -> None:
-    with pytest.raises(DataError, match=r"log\.parquet, column user: holds list"):
-        cells.ids(pa.array([[1], [2]]), "log.parquet, column user")
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-(2**62), 2**62)), max_size=30))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,7 +37,12 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
         return column.cast(pa.int64()), _nulls(column)
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or _is_text(kind)):
         raise DataError(f"holds {kind}, not times", where=where, remedy="See data.timestamp_unit.")
-    if unit != "iso" and _is_text(kind):
+    if (
+        unit != "iso"
+        and _is_text(kind)
+        and not pc.any(pc.match_substring(pc.ascii_lower(column), "x")).as_py()
+    ):
+        # (Arrow reads 0x10 as 16.)
         try:  # the common case, without a Python loop
             return _floor_divide(column.cast(pa.int64()), PER_SECOND[unit]), _nulls(column)
         except pa.ArrowInvalid:
@@ -46,6 +52,47 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
         _iso_seconds if unit == "iso" else lambda cell: _number_seconds(cell, PER_SECOND[unit]),
         pa.int64(),
     )
+
+
+def fitting_unit(cells: Sequence[str], earliest: float, latest: float) -> Unit | None:
+    """The unit in which all of these lie between two moments (seconds), found by trying each."""
+    for unit in get_args(Unit):
+        with suppress(ValueError, OverflowError):
+            read = [_iso_seconds(c) if unit == "iso" else _number_seconds(c, PER_SECOND[unit]) for c in cells]
+            if read and all(time is not None and earliest <= time <= latest for time in read):
+                return cast("Unit", unit)
+    return None
+
+
+def unit_advice(column: str, unit: str, cells: Sequence[str], earliest: float, latest: float) -> str:
+    """What helps where these cells of `data.columns.COLUMN` are no times in `unit`, or absurd ones."""
+    setting = f"data.{column}_unit"
+    fits = fitting_unit(cells, earliest, latest)
+    if fits and fits != unit:
+        return f'{_LOOK[fits]}: set {setting} = "{fits}".'
+    if cells and not any(_is_number(cell) for cell in cells):
+        return (
+            "Write them as ISO 8601 with the offset of their zone, such as 2024-03-31T12:00:00+02:00, and "
+            f'set {setting} = "iso". Other orders, and names of zones other than UTC, are not read.'
+        )
+    return f'{setting} is "{unit}". Does data.columns.{column} name the right column?'
+
+
+_LOOK = {
+    "s": "These look like seconds",
+    "ms": "These look like milliseconds",
+    "us": "These look like microseconds",
+    "ns": "These look like nanoseconds",
+    "iso": "These look like dates",
+}
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def labels(column: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:

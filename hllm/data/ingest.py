@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from hllm.data.cells import unit_advice
 from hllm.data.engine import duck
 from hllm.data.ids import AS_TEXT, Spelling, spelled_twice, without_fractions
 from hllm.data.readers import Source, has_times, open_source
-from hllm.data.schema import conform, interactions_schema, items_schema
+from hllm.data.schema import conform, interactions_schema, items_schema, window
 from hllm.data.tables import open_parquet
 from hllm.errors import DataError
 from hllm.pipeline import Context
+from hllm.settings import Validation
 from hllm.work.artifacts import clear
 from hllm.work.progress import Progress
 
@@ -32,7 +35,7 @@ def ingest(context: Context) -> None:
     users, items = Spelling("user"), Spelling("item")
     context.rows["items"] = write_items(source, context.output / "items.parquet", items)
     context.rows["interactions"] = write_interactions(
-        source, context.output / "interactions.parquet", users, items
+        source, context.settings.validation, context.output / "interactions.parquet", users, items
     )
     for spelling in (users, items):
         settle(spelling, context)
@@ -100,7 +103,9 @@ def write_items(source: Source, path: Path, ids: Spelling) -> int:
     return rows
 
 
-def write_interactions(source: Source, path: Path, users: Spelling, items: Spelling) -> int:
+def write_interactions(
+    source: Source, validation: Validation, path: Path, users: Spelling, items: Spelling
+) -> int:
     batches = source.interactions()
     first = _first(batches, source.interactions_at)
     schema = interactions_schema()
@@ -121,18 +126,15 @@ def write_interactions(source: Source, path: Path, users: Spelling, items: Spell
                 unreadable += pc.unique(whole.column("timestamp_raw").drop_null()).to_pylist()[:3]
             progress.advance(whole.num_rows)
     if not readable:
-        _refuse_times(source, rows, unreadable)
+        _refuse_times(source, validation, rows, unreadable)
     return rows
 
 
-def _refuse_times(source: Source, rows: int, unreadable: list[str]) -> None:
+def _refuse_times(source: Source, validation: Validation, rows: int, unreadable: list[str]) -> None:
     data = source.data
     name = data.columns.timestamp if data.source == "table" else "timestamp"
-    remedy = (
-        f'data.timestamp_unit is "{data.timestamp_unit}". Does data.columns.timestamp name the right column?'
-    )
-    if data.timestamp_unit != "iso" and unreadable and any(mark in unreadable[0] for mark in "-:/T"):
-        remedy = 'These look like dates: set data.timestamp_unit = "iso".'
+    earliest, latest = window(validation, datetime.now(UTC))
+    remedy = unit_advice("timestamp", data.timestamp_unit, unreadable[:3], earliest, latest)
     what = "holds no timestamp that can be read in any row"
     where = f"{source.interactions_at}, column {name}"
     raise DataError(what, where=where, count=(rows, rows), examples=unreadable, remedy=remedy)

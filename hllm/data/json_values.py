@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hllm.data.streams import refuse_foreign, refuse_unmarked_utf16, require_file, texts
+from hllm.data.parts import require_file
+from hllm.data.streams import texts
 from hllm.errors import DataError
 
 WINDOW_BYTES = 1 << 20
@@ -58,11 +59,9 @@ class _Window:
 
     def __init__(self, path: Path, name: str) -> None:
         require_file(path, name)
-        refuse_foreign(path, name)
         self.name = name
         self.chunks = texts(path, name, WINDOW_BYTES)
         self.text, self.at, self.passed = next(self.chunks, ""), 0, 0
-        refuse_unmarked_utf16(path, name, self.text[:4096].encode())
 
     def more(self) -> bool:
         chunk = next(self.chunks, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -52,9 +53,35 @@ def parts(location: str) -> list[str]:
     return found
 
 
+def require_file(path: Path, name: str) -> None:
+    """
+    Raises:
+        DataError: there is no regular file at `path` which this process may read, or it is empty.
+    """
+    try:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            with path.open("rb"):
+                pass
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError("no such file", where=name) from None
+    except (OSError, ValueError) as error:  # a loop of links, a name too long or with a NUL, no permission
+        said = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot be opened: {said}", where=name) from None
+    if stat.S_ISDIR(found.st_mode):
+        raise DataError("is a folder, not a file", where=name)
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError("is not a regular file", where=name)
+    if not found.st_size:
+        raise DataError("is an empty file", where=name)
+
+
 def fingerprint_of(location: str) -> str:
     """What the content of all parts is known by."""
     found = parts(location)
+    if not is_s3(location):
+        for name in found:
+            require_file(Path(name), name)
     if found == [location]:
         return fingerprint(location)
     tags = _tags(location) if is_s3(location) else {name: fingerprint(name) for name in found}

@@ -33,6 +33,8 @@ INTERACTIONS = pa.schema(
     ]
 )
 RAW = ("timestamp_raw", "label_raw", "created_at_raw")
+LONGEST_ID = 1_000
+"""Bytes of an id. A PostgreSQL index row ends at 2,704, with the names that Feast adds to the id."""
 RESERVED = {"item_id", "item_index", "created_at", "train_events", "reason", "row", *RAW}
 """Names that a text column of the catalogue cannot have."""
 
@@ -123,6 +125,17 @@ class Suite:
         arguments = {"value_set": [value]}
         self._add(column, reason, says, bad, "ExpectColumnValuesToNotBeInSet", arguments, **more)
 
+    def unfit(self, kind: str) -> None:
+        """Found here, not when a store refuses to take it."""
+        self.never(
+            f"{kind}_id_unfit",
+            True,
+            f"unfit_{kind}_id",
+            f"have a {kind} id with control characters or of more than {LONGEST_ID:,} bytes",
+            example=f"{kind}_id",
+            remedy="PostgreSQL takes no NUL, and no index holds a longer id.",
+        )
+
     def _add(
         self,
         column: str,
@@ -157,13 +170,16 @@ def item_rules(validation: Validation) -> list[Rule]:
     longest = validation.max_text_chars
     suite = Suite("items", validation)
     suite.not_null("item_id", "missing_item_id", "have no item id", example="row")
+    suite.unfit("item")
+    suite.never(
+        "text_nul", True, "nul_in_text", "have a NUL in a text, which is no character", example="item_id"
+    )
     suite.never(
         "created_at_unreadable",
         True,
         "unreadable_created_at",
         "have a creation time that cannot be read",
         example="created_at_raw",
-        remedy="See data.timestamp_unit.",
     )
     suite.at_least(
         "text_chars",
@@ -197,12 +213,13 @@ def interaction_rules(validation: Validation, now: datetime) -> list[Rule]:
     suite = Suite("interactions", validation)
     suite.not_null("user_id", "missing_user_id", "have no user id", example="row")
     suite.not_null("item_id", "missing_item_id", "have no item id", example="row")
+    suite.unfit("user")
+    suite.unfit("item")
     suite.not_null(
         "timestamp",
         "unreadable_timestamp",
         "have no timestamp that can be read",
         example="timestamp_raw",
-        remedy="See data.timestamp_unit.",
     )
     suite.at_least(
         "timestamp",

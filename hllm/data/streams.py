@@ -7,7 +7,6 @@ read is refused with the command that makes it readable.
 from __future__ import annotations
 
 import codecs
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,29 +34,6 @@ MARKS = {  # UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-
-
-def require_file(path: Path, name: str) -> None:
-    """
-    Raises:
-        DataError: there is no regular file at `path` which this process may read, or it is empty.
-    """
-    try:
-        found = path.stat()
-        if stat.S_ISREG(found.st_mode):
-            with path.open("rb"):
-                pass
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError("no such file", where=name) from None
-    except (OSError, ValueError) as error:  # a loop of links, a name too long or with a NUL, no permission
-        said = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot be opened: {said}", where=name) from None
-    if stat.S_ISDIR(found.st_mode):
-        raise DataError("is a folder, not a file", where=name)
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError("is not a regular file", where=name)
-    if not found.st_size:
-        raise DataError("is an empty file", where=name)
 
 
 def beginning(path: Path) -> bytes:
@@ -92,11 +68,12 @@ def open_text(path: Path, name: str) -> pa.NativeFile:
     refuse_foreign(path, name)
     compression = compression_of(path)
     with unpacking(path, name), pa.input_stream(str(path), compression=compression) as file:
-        head = file.read(4)
+        head = file.read(512)
     stream = pa.input_stream(str(path), compression=compression)
     for mark, encoding in MARKS.items():
         if head.startswith(mark):
             return pa.transcoding_input_stream(stream, encoding, "utf-8")
+    _refuse_unmarked_utf16(path, name, head)
     return stream
 
 
@@ -156,7 +133,7 @@ def refuse_other_encoding(path: Path, name: str) -> None:
                 return
 
 
-def refuse_unmarked_utf16(path: Path, name: str, head: bytes) -> None:
+def _refuse_unmarked_utf16(path: Path, name: str, head: bytes) -> None:
     """
     Raises:
         DataError: every other byte of the beginning is NUL: UTF-16 without its mark.

@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from hllm.data.json_values import Fields, is_broken, records
-from hllm.data.parts import kind_of
+from hllm.data.parts import kind_of, require_file
 from hllm.data.streams import (
     beginning,
     is_parquet_inside,
@@ -26,7 +26,6 @@ from hllm.data.streams import (
     refuse_damaged,
     refuse_foreign,
     refuse_other_encoding,
-    require_file,
 )
 from hllm.errors import ConfigError, DataError
 from hllm.work.objects import BLOCK_BYTES as READ_BYTES
@@ -249,6 +248,8 @@ class _readable:
                     f"has a row longer than {BLOCK_BYTES >> 20} MiB: probably a quote that is never closed",
                     where=self.name,
                 ) from None
+        if "Empty CSV" in message:
+            raise DataError("has no rows", where=self.name) from None
         remedy = "Is the file complete? Write it again, or copy it again from its source."
         if "Expected" in message:
             remedy = "A value with a delimiter or a line break in it must be quoted, and every quote closed."

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from hllm.data.cells import PER_SECOND, fitting_unit, unit_advice
 from hllm.data.engine import duck
 from hllm.data.quarantine import Split
 from hllm.data.readers import has_times, promised_columns
@@ -25,10 +26,12 @@ from hllm.data.schema import (
     interactions_schema,
     item_rules,
     items_schema,
+    window,
 )
 from hllm.data.validation_view import mark_interactions, mark_items
 from hllm.errors import DataError
 from hllm.pipeline import Context
+from hllm.settings import Data
 from hllm.work.artifacts import Manifest, clear, write_atomically
 
 if TYPE_CHECKING:
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
 
     from hllm.data.expectations import Check, Docs
 
-MILLISECONDS_SINCE = 7_258_118_400
-"""2200-01-01 in seconds: a log that mostly lies behind it counts in a smaller unit."""
+YEAR_1971, YEAR_2200, TEN_YEARS = 31_536_000, 7_258_118_400, 315_569_520
+"""In seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def validate(context: Context) -> None:
         _require_columns(docs, table, path, context)
     findings: list[Finding] = []
     with duck.connect(context.work, context.settings.run.threads) as db:
+        _refuse_absurd_creation(db, raw["items"], context)
         marked = {table: context.work / f"{table}_marked.parquet" for table in rules}
         mark_items(db, raw["items"], marked["items"], rules["items"])
         mark_interactions(
@@ -207,16 +211,64 @@ def _judge(findings: Sequence[Finding], checks: Sequence[Check], context: Contex
 
 def _hint(finding: Finding, context: Context) -> str:
     """What a person would guess from the examples."""
-    unit, times = context.settings.data.timestamp_unit, finding.examples
-    mostly = finding.share > 0.5 and times
-    if finding.rule.reason == "future_timestamp" and mostly and min(times) > MILLISECONDS_SINCE:
-        name, unit = (
-            ("microseconds", "us") if min(times) > 1000 * MILLISECONDS_SINCE else ("milliseconds", "ms")
-        )
-        return f'These look like {name}: set data.timestamp_unit = "{unit}".'
-    if finding.rule.reason == "early_timestamp" and mostly and unit in ("ms", "us") and min(times) >= 0:
-        return f'Are they seconds? data.timestamp_unit is "{unit}".'
+    data, reason = context.settings.data, finding.rule.reason
+    earliest, latest = window(context.settings.validation, datetime.now(UTC))
+    if reason in ("unreadable_timestamp", "unreadable_created_at"):
+        column = reason.removeprefix("unreadable_")
+        cells = [cell for cell in finding.examples if cell != "nothing"]
+        return unit_advice(column, _unit(data, column), cells, earliest, latest)
+    if reason in ("early_timestamp", "future_timestamp") and finding.share > 0.5 and finding.examples:
+        return _other_unit("timestamp", data, finding.examples, earliest, latest)
     return finding.rule.remedy
+
+
+def _unit(data: Data, column: str) -> str:
+    return (data.created_at_unit if column == "created_at" else "") or data.timestamp_unit
+
+
+def _other_unit(column: str, data: Data, times: Sequence[int], earliest: int, latest: int) -> str:
+    """Advice about times that are absurd in the unit they were read in: their numbers, in another."""
+    unit = _unit(data, column)
+    if unit == "iso":
+        return ""
+    return unit_advice(column, unit, [str(t * PER_SECOND[unit]) for t in times], earliest, latest)
+
+
+def _refuse_absurd_creation(db: duckdb.DuckDBPyConnection, items: Path, context: Context) -> None:
+    """Books of 1850 may be in a catalogue; a catalogue of January 1970 or of the year 50,000 is none.
+
+    Raises:
+        DataError: most creation times are absurd, and in another unit they would not be.
+    """
+    if "created_at" not in pa.parquet.read_schema(items).names:
+        return
+    latest = int(datetime.now(UTC).timestamp()) + TEN_YEARS
+    absurd = f"created_at NOT BETWEEN {YEAR_1971} AND {latest}"
+    query = f"SELECT count(created_at), count(*) FILTER ({absurd}) FROM {duck.parquet(items)}"
+    ((known, outside),) = db.execute(query).fetchall()
+    if outside <= known / 2:
+        return
+    query = f"SELECT DISTINCT created_at FROM {duck.parquet(items)} WHERE {absurd} ORDER BY 1 LIMIT 3"
+    times = [time for (time,) in db.execute(query).fetchall()]
+    data = context.settings.data
+    unit = _unit(data, "created_at")
+    cells = [] if unit == "iso" else [str(time * PER_SECOND[unit]) for time in times]
+    if fitting_unit(cells, YEAR_1971, latest) or min(times) > YEAR_2200:
+        raise DataError(
+            "most creation times are absurd",
+            where="items, column created_at",
+            count=(outside, known),
+            examples=[shown_time(time) for time in times],
+            remedy=_other_unit("created_at", data, times, YEAR_1971, latest),
+        )
+
+
+def shown_time(seconds: int) -> str:
+    """A day, or a year where the calendar has none."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
+    except (ValueError, OverflowError, OSError):
+        return f"the year {1970 + seconds // 31_556_952:,}"
 
 
 def _rows(path: Path) -> int:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 
 from hllm.data.engine import duck
 from hllm.data.ids import NO_ID
-from hllm.data.schema import Rule, text_columns
+from hllm.data.schema import LONGEST_ID, Rule, text_columns
 
 if TYPE_CHECKING:
     import duckdb
@@ -30,6 +30,8 @@ def mark_items(db: duckdb.DuckDBPyConnection, raw: Path, marked: Path, rules: Se
     columns = f"""
         row,
         {_known_id("item_id")} AS item_id,
+        {_unfit("item_id")} AS item_id_unfit,
+        {" OR ".join(map(_nul, texts)) or "false"} AS text_nul,
         {unreadable} AS created_at_unreadable,
         CASE WHEN {" + ".join(visible) or 0} = 0 THEN 0 ELSE {" + ".join(lengths) or 0} END AS text_chars
     """
@@ -52,6 +54,7 @@ def mark_interactions(
             ELSE 'quarantined' END AS catalogue
         FROM (
             SELECT row, {_known_id("user_id")} AS user_id, {_known_id("item_id")} AS item_id, timestamp,
+                {_unfit("user_id")} AS user_id_unfit, {_unfit("item_id")} AS item_id_unfit,
                 CASE WHEN label_raw IS NULL THEN label ELSE -1 END AS label
             FROM {duck.numbered(raw)}
         ) AS log LEFT JOIN ({catalogue}) AS known ON log.item_id = known.item_id
@@ -89,6 +92,16 @@ def _write(
         """
     )
     db.execute("DROP TABLE repeated")
+
+
+def _unfit(column: str) -> str:
+    """Line breaks and tabs are common in ids that people typed, and harm nobody."""
+    control = "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f]"
+    return f"coalesce(strlen({column}) > {LONGEST_ID} OR regexp_matches({column}, '{control}'), false)"
+
+
+def _nul(column: str) -> str:
+    return f"coalesce(regexp_matches({duck.name(column)}, '\\x00'), false)"
 
 
 def _known_id(column: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hllm.data.cells import PER_SECOND
+from hllm.data.expectations import Docs
 from hllm.data.prepared import Prepared
 from hllm.data.validate import validate as run_validate
 from hllm.errors import DataError
@@ -353,3 +357,133 @@ def context_of(settings: Settings, name: str) -> Context:
 
 def tiny_settings_for(folder: Path, items: Path, log: Path, **sets: Any) -> Settings:
     return tiny_settings(folder, TinySource(items, log, [], []), **sets)
+
+
+def test_ids_and_texts_that_no_store_takes_are_found_here(tmp_path: Path) -> None:
+    long = "x" * 1001
+    items = [
+        ("a", "Axe", ""),
+        ("n\0l", "Bell", ""),
+        (long, "Cup", ""),
+        ("d", "D\0sh", ""),
+        ("e\x1b[2J", "E", ""),
+    ]
+    kept = [
+        ("u", "a", 1_600_000_000, 1),
+        ("two\nlines", "a", 1_600_000_000, 1),
+        ("é" * 500, "a", 1_600_000_000, 1),
+    ]
+    events = [
+        *kept,
+        ("n\0l", "a", 1_600_000_001, 1),
+        (long, "a", 1_600_000_001, 1),
+        ("é" * 501, "a", 1_600_000_001, 1),
+        ("u", "n\0l", 1_600_000_001, 1),
+        ("u", "d", 1_600_000_001, 1),
+    ]
+    output = validate(tmp_path, items, events)
+    assert {name: len(found) for name, found in quarantined(output).items()} == {
+        "items_unfit_item_id": 3,
+        "items_nul_in_text": 1,
+        "interactions_unfit_user_id": 3,
+        "interactions_unfit_item_id": 1,
+        "interactions_quarantined_item": 1,
+    }
+    assert [row["user_id"] for row in rows(output, "interactions")] == [user for user, *_ in kept]
+
+
+def table(folder: Path, log: list[int], created: list[int], **sets: Any) -> Settings:
+    """Settings of three items with creation times and a log with these times."""
+    folder.mkdir()
+    items = write_items(
+        folder / "items.parquet", item_id=["a", "b", "c"], title=["A", "B", "C"], created_at=created
+    )
+    events = [("u", item, time) for item, time in zip("abc", log, strict=True)]
+    source = TinySource(items, write_csv(folder / "log.csv", LOG[:3], events), [], [])
+    columns = {"data.columns": {"texts": ["title"], "created_at": "created_at"}}
+    return tiny_settings(folder, source, **(columns | sets))
+
+
+SECONDS = [1_600_000_000, 1_600_000_100, 1_600_000_200]
+
+
+@pytest.mark.parametrize(
+    ("unit", "actual"), [(unit, actual) for unit in PER_SECOND for actual in PER_SECOND if unit != actual]
+)
+def test_creation_times_have_a_unit_of_their_own_and_absurd_ones_name_it(
+    tmp_path: Path, unit: str, actual: str
+) -> None:
+    log = [time * PER_SECOND[unit] for time in SECONDS]
+    created = [time * PER_SECOND[actual] for time in SECONDS]
+    settings = table(tmp_path / "1", log, created, **{"data.timestamp_unit": unit})
+    says = rf'column created_at: most .* absurd \(3 of 3\)[\s\S]*set data.created_at_unit = "{actual}"'
+    with pytest.raises(DataError, match=says):
+        run_steps(settings, "ingest", "validate")
+    followed = {"data.timestamp_unit": unit, "data.created_at_unit": actual}
+    output = run_steps(table(tmp_path / "2", log, created, **followed), "ingest")
+    assert parquet.read_table(output / "items.parquet")["created_at"].to_pylist() == SECONDS
+
+
+def test_a_catalogue_of_old_books_is_no_mistake(tmp_path: Path) -> None:
+    born = [-3_786_825_600, -3_155_673_600, -2_208_988_800]  # 1850, 1870, 1900
+    settings = table(tmp_path / "1", SECONDS, born)
+    validate_of = run_steps(settings, "ingest", "validate")
+    assert parquet.read_table(validate_of / "items.parquet")["created_at"].to_pylist() == born
+
+
+@pytest.mark.parametrize(
+    ("unit", "actual"), [("s", "ns"), ("s", "us"), ("s", "ms"), ("ms", "s"), ("us", "ns"), ("ns", "ms")]
+)
+def test_the_unit_that_fits_the_log_is_named(tmp_path: Path, unit: str, actual: str) -> None:
+    log = [time * PER_SECOND[actual] for time in SECONDS]
+    sets = {"data.timestamp_unit": unit, "data.created_at_unit": "s"}
+    with pytest.raises(DataError, match=f'set data.timestamp_unit = "{actual}"'):
+        run_steps(table(tmp_path / "1", log, SECONDS, **sets), "ingest", "validate")
+
+
+class Elements(HTMLParser):
+    """Names of elements and of attributes that run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter[str]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found[tag] += 1
+        self.found.update(name for name, _ in attrs if name.startswith("on"))
+        self.found.update("address" for _, value in attrs if value and "pwned" in value)
+
+
+def elements(folder: Path) -> Counter[str]:
+    parser = Elements()
+    for page in folder.rglob("*.html"):
+        parser.feed(page.read_text("utf-8"))
+    return Counter({name: parser.found[name] for name in ("address", *RUN) if parser.found[name]})
+
+
+RUN = ("script", "iframe", "img", "svg", "onerror", "onclick", "onload", "onmouseover", "form")
+HARMFUL = (
+    "<script>pwned()</script>",
+    '"><img src=x onerror=pwned()>',
+    "' onmouseover='pwned()",
+    "</script><svg onload=pwned()>",
+    "$column",
+    "${column}",
+    "&lt;b&gt;",
+    "a\nb",
+)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["columns as promised", "columns of another type"])
+def test_names_of_columns_are_only_text_in_the_data_docs(tmp_path: Path, broken: bool) -> None:
+    pages = {}
+    for name, fields in {"plain": [f"field{n}" for n in range(len(HARMFUL))], "harmful": HARMFUL}.items():
+        found = pa.schema([(field, pa.int64() if broken else pa.string()) for field in ("item_id", *fields)])
+        expected = pa.schema([(field, pa.string()) for field in ("item_id", *fields)])
+        docs = Docs(tmp_path / name)
+        wrong = docs.check_columns("items", found, expected)
+        assert wrong == ([f"{field} is int64, not string" for field in expected.names] if broken else [])
+        docs.build()
+        pages[name] = elements(tmp_path / name)
+    assert pages["plain"] == pages["harmful"]
+    assert pages["plain"]

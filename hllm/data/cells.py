@@ -16,6 +16,7 @@ from typing import Literal, cast, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hllm.data.ids import holds
 from hllm.errors import DataError
 
 Unit = Literal["s", "ms", "us", "ns", "iso"]
@@ -27,9 +28,14 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.dictionary_decode(), kind.value_type
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        micros = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
-        return _floor_divide(micros, PER_SECOND["us"]), _nulls(column)
+    if pa.types.is_date(kind):
+        column = column.cast(pa.timestamp("s" if pa.types.is_date32(kind) else "ms"))
+    if pa.types.is_timestamp(
+        column.type
+    ):  # never by way of a finer unit, in which the year 300,000 is another
+        return _floor_divide(column.cast(pa.int64()), PER_SECOND[column.type.unit]), _nulls(column)
+    if pa.types.is_decimal(kind):
+        column, kind = column.cast(pa.string()), pa.string()
     if pa.types.is_integer(kind) and unit != "iso":
         whole = column.cast(pa.int64(), safe=False)
         return _floor_divide(whole, PER_SECOND[unit]), _nulls(column)
@@ -37,13 +43,11 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
         return column.cast(pa.int64()), _nulls(column)
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or _is_text(kind)):
         raise DataError(f"holds {kind}, not times", where=where, remedy="See data.timestamp_unit.")
-    if (
-        unit != "iso"
-        and _is_text(kind)
-        and not pc.any(pc.match_substring(pc.ascii_lower(column), "x")).as_py()
-    ):
-        # (Arrow reads 0x10 as 16.)
+    if unit != "iso" and _is_text(kind):
+        column = column.cast(pa.string())
         try:  # the common case, without a Python loop
+            if holds(column, b"x") or holds(column, b"X"):  # Arrow reads 0x10 as 16
+                raise pa.ArrowInvalid
             return _floor_divide(column.cast(pa.int64()), PER_SECOND[unit]), _nulls(column)
         except pa.ArrowInvalid:
             pass
@@ -97,6 +101,8 @@ def _is_number(cell: str) -> bool:
 
 def labels(column: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
     """(labels as small integers, the text of cells that are none); an empty cell is no label."""
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.string())
     kind = column.type
     if pa.types.is_boolean(kind):
         return column.cast(pa.int8()), _nulls(column)

@@ -170,6 +170,8 @@ class Spelling:
             if len(words):
                 self.word = words[0].as_py()
             return ids.filter(numbers).to_pylist()  # type: ignore[no-any-return]
+        if not holds(ids, b"."):
+            return []
         dotted = ids.filter(pc.match_substring(ids, "."))
         return pc.unique(dotted.filter(pc.match_substring_regex(dotted, _DOTTED))).to_pylist()  # type: ignore[no-any-return]
 
@@ -207,13 +209,23 @@ class Spelling:
 
 def _plain(ids: pa.Array) -> bool:
     """Whether all are integers as they are written by everybody (no 007, no 0x1F), told without a regex."""
-    if pc.any(pc.or_(pc.starts_with(ids, "0"), pc.starts_with(ids, "-"))).as_py():
+    if holds(ids, b"-") or pc.any(pc.starts_with(ids, "0")).as_py():
         return False
     try:
         ids.cast(pa.int64())
     except pa.ArrowInvalid:
         return False
     return True
+
+
+def holds(column: pa.Array, byte: bytes) -> bool:
+    """Whether a byte stands anywhere in a column of strings: one search through all of its bytes."""
+    _, offsets, data = column.buffers()
+    if not len(column) or data is None:
+        return False
+    ends = memoryview(offsets).cast("i")
+    first, last = ends[column.offset], ends[column.offset + len(column)]
+    return byte in data.slice(first, last - first).to_pybytes()
 
 
 def without_fractions(ids: pa.Array) -> pa.Array:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hllm.errors import ConfigError
+from hllm.errors import ConfigError, DataError
 from hllm.settings import Validation
 
 INTERACTIONS = pa.schema(
@@ -56,7 +56,13 @@ def text_columns(names: list[str]) -> list[str]:
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with exactly the schema's columns; a column that the source lacks is null."""
+    """The batch with exactly the schema's columns; a column that the source lacks is null.
+
+    Raises:
+        DataError: the batch has a column that the batches before it had not.
+    """
+    if late := [name for name in batch.schema.names if name not in schema.names]:
+        raise DataError("has columns that its beginning has not", examples=late)
     columns = [
         batch.column(field.name).cast(field.type)
         if field.name in batch.schema.names

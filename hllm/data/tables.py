@@ -7,7 +7,10 @@ that are not UTF-8) ends here.
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import difflib
+import io
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -89,12 +92,11 @@ def read_delimited(
     """
     require_file(path, name)
     with _readable(path, name, "delimited text"):
-        names = _header(path, name, delimiter, quote)
-        if not set(wanted) <= set(names) and quote:
-            for other in sorted(set(",;\t|") - {delimiter}):
-                others = _header(path, name, other, quote)
-                if set(wanted) <= set(others):
-                    names, delimiter = others, other
+        if quote:
+            delimiter = _delimiter(path, name, wanted, delimiter)
+        parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
+        with _open(path, name, parse, pa.csv.ConvertOptions()) as reader:
+            names = reader.schema.names
         _require(wanted, names, name)
         convert = pa.csv.ConvertOptions(
             include_columns=list(wanted),
@@ -102,21 +104,21 @@ def read_delimited(
             strings_can_be_null=True,
             null_values=[""],
         )
-        with _open(path, name, _parsing(delimiter, quote), convert) as reader:
+        with _open(path, name, parse, convert) as reader:
             for batch in reader:
                 yield from _slices(batch, batch_rows)
 
 
-def _parsing(delimiter: str, quote: str | bool) -> pa.csv.ParseOptions:
-    return pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
-
-
-def _header(path: Path, name: str, delimiter: str, quote: str | bool) -> list[str]:
-    """Names of the columns. Rows are looked at later."""
-    parsing = _parsing(delimiter, quote)
-    parsing.invalid_row_handler = lambda row: "skip"
-    with _open(path, name, parsing, pa.csv.ConvertOptions()) as reader:
-        return list(reader.schema.names)
+def _delimiter(path: Path, name: str, wanted: Mapping[str, str], delimiter: str) -> str:
+    """The one that has the wanted columns in the header: the expected one, or another."""
+    with open_text(path, name) as file:
+        head = file.read(1 << 16).decode("utf-8", "replace").lstrip("\ufeff\r\n")
+    for each in (delimiter, *(other for other in ",;\t|" if other != delimiter)):
+        with contextlib.suppress(csv.Error):
+            names = next(csv.reader(io.StringIO(head, newline=None), delimiter=each), [])
+            if set(wanted) <= set(names):
+                return each
+    return delimiter
 
 
 def _open(

@@ -108,6 +108,7 @@ def validate(context: Context) -> None:
             split = Split(db, table, raw[table], marked[table])
             quarantined = split.write(context.output, rules[table])
             context.rows[table] = _rows(context.output / f"{table}.parquet")
+            _say_where_rows_went(table, _rows(raw[table]), context.rows[table], sum(quarantined.values()))
             for rule in rules[table]:
                 failed = broken[rule.reason]
                 examples = split.examples(rule) if failed else ()
@@ -133,6 +134,12 @@ def validate(context: Context) -> None:
     report = [*(finding.as_json() for finding in findings), *(check.as_json() for check in checks)]
     write_atomically(context.output / "validation.json", json.dumps(report, indent=1).encode())
     _judge(findings, checks, context)
+
+
+def _say_where_rows_went(table: str, read: int, valid: int, quarantined: int) -> None:
+    if valid + quarantined != read:  # a bug of ours
+        raise RuntimeError(f"{table}: {read:,} rows read, {valid:,} valid, {quarantined:,} in quarantine")
+    print(f"validate: {table}: {read:,} rows = {valid:,} valid + {quarantined:,} in quarantine", flush=True)
 
 
 def _require_columns(docs: Docs, table: str, path: Path, context: Context) -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from hllm.data.readers import source_fingerprints
+from hllm.data.schema import conform, items_schema
 from hllm.errors import ConfigError, DataError
 from hllm.settings import Settings
 from tests.world import TinySource, run_steps, tiny_settings, write_csv, write_items
@@ -199,6 +200,12 @@ def test_an_amazon_catalogue_without_any_text(tmp_path: Path) -> None:
     run_steps(settings, "ingest")
     with pytest.raises(DataError, match=r"items: 2 of 2 rows have no text at all \(e\.g\. '3', '4'\)"):
         run_steps(settings, "validate")
+
+
+def test_a_column_that_appears_later_is_not_dropped() -> None:
+    later = pa.RecordBatch.from_pydict({"item_id": ["a"], "title": ["A"], "brand": ["B"]})
+    with pytest.raises(DataError, match=r"columns that its beginning has not .*'brand'"):
+        conform(later, items_schema(["item_id", "title"]))
 
 
 # ---- refused, with a sentence ----

@@ -121,12 +121,14 @@ def foreign() -> Iterator[Kind]:
     zipfile.ZipFile(empty, "w").close()
     database = sqlite3.connect(":memory:")
     database.execute("CREATE TABLE log (user_id)")
+    stored = database.serialize()
+    database.close()
     for ending in ("csv", "jsonl", "parquet"):
         for name, content, says in (
             ("a zip archive", archive.getvalue(), r"is a zip archive[\s\S]*unzip -p"),
             ("an empty zip archive", empty.getvalue(), "is an empty zip archive"),
             ("xz", lzma.compress(CSV.encode()), r"is compressed with xz[\s\S]*xz -dc"),
-            ("a SQLite database", database.serialize(), "is a SQLite database"),
+            ("a SQLite database", stored, "is a SQLite database"),
             ("an LFS pointer", b"version https://git-lfs.github.com/spec/v1\n", r"LFS[\s\S]*git lfs pull"),
             ("an Office file", b"\xd0\xcf\x11\xe0" + bytes(100), "is an Excel"),
             (
@@ -281,6 +283,14 @@ def parquets() -> Iterator[Kind]:
         yield file(f"times typed as {unit}", written(timestamp=typed), EVENTS)
         many = [time * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit] for time in (T, T + 1, T + 2)]
         yield file(f"times in {unit}", written(timestamp=many), EVENTS, **{"data.timestamp_unit": unit})
+    decimals = [Decimal(T), Decimal(T + 1), Decimal(T + 2)]
+    yield file("times as decimals", written(timestamp=pa.array(decimals, pa.decimal128(38, 0))), EVENTS)
+    far = [(user, item, T * 10**6) for user, item, _ in EVENTS]
+    yield file(
+        "nanoseconds typed as milliseconds",
+        written(timestamp=pa.array([T * 10**9] * 3, pa.timestamp("ms"))),
+        far,
+    )
     yield file("times as floats", written(timestamp=[float(T), T + 1.0, T + 2.0]), EVENTS)
     yield file("times as truth values", written(timestamp=[True] * 3), "holds bool, not times")
     yield file("times as lists", written(timestamp=[[1]] * 3), "holds list.*not times")

@@ -139,3 +139,31 @@ def test_wrong_credentials_can_be_told_from_missing_data(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InfraError, match="access denied"):
         source_fingerprints(settings.data)
+
+
+def test_a_folder_and_a_pattern_in_s3_are_read_in_the_order_of_names(
+    s3: S3, tiny_settings: TinySettings, tiny_source: TinySource, tmp_path: Path
+) -> None:
+    bucket = s3.bucket("folder-of-parts")
+    lines = tiny_source.interactions.read_text("utf-8")
+    header, *_ = lines.split("\n", 1)
+    events = tiny_source.events
+    for n, part in enumerate((events[:50], events[50:51], events[51:])):
+        upload(write_csv(tmp_path / "x.csv", header.split(","), part), f"{bucket}/log/dt={n}/part.csv")
+    upload(write_csv(tmp_path / "x", [], []), f"{bucket}/log/_SUCCESS")
+    upload(write_csv(tmp_path / "x", ["a"], []), f"{bucket}/log-of-others/part.csv")
+    upload(tiny_source.items, f"{bucket}/items/part-0.parquet")
+    local = parquet.read_table(
+        run_steps(tiny_settings(tmp_path / "local"), "ingest") / "interactions.parquet"
+    )
+    before = set()
+    for n, where in enumerate((f"{bucket}/log", f"{bucket}/log/", f"{bucket}/log/*/part.csv")):
+        sets = {"data.interactions": where, "data.items": f"{bucket}/items"}
+        remote = tiny_settings(tmp_path / str(n), **sets)
+        output = run_steps(remote, "ingest")
+        assert parquet.read_table(output / "interactions.parquet") == local
+        before.add(source_fingerprints(remote.data)["interactions"])
+    upload(write_csv(tmp_path / "x.csv", header.split(","), events[:1]), f"{bucket}/log/dt=3/part.csv")
+    assert source_fingerprints(remote.data)["interactions"] not in before
+    with pytest.raises(DataError, match="nothing: does not exist"):
+        source_fingerprints(tiny_settings(tmp_path / "no", **{"data.interactions": f"{bucket}/nothing"}).data)

@@ -359,7 +359,9 @@ def tiny_settings_for(folder: Path, items: Path, log: Path, **sets: Any) -> Sett
     return tiny_settings(folder, TinySource(items, log, [], []), **sets)
 
 
-def test_ids_and_texts_that_no_store_takes_are_found_here(tmp_path: Path) -> None:
+def test_ids_and_texts_that_no_store_takes_are_found_here(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     long = "x" * 1001
     items = [
         ("a", "Axe", ""),
@@ -390,6 +392,9 @@ def test_ids_and_texts_that_no_store_takes_are_found_here(tmp_path: Path) -> Non
         "interactions_quarantined_item": 1,
     }
     assert [row["user_id"] for row in rows(output, "interactions")] == [user for user, *_ in kept]
+    said = capfd.readouterr().out
+    assert "validate: items: 5 rows = 1 valid + 4 in quarantine" in said
+    assert "validate: interactions: 8 rows = 3 valid + 5 in quarantine" in said
 
 
 def table(folder: Path, log: list[int], created: list[int], **sets: Any) -> Settings:

@@ -137,7 +137,7 @@ class Suite:
             f"{kind}_id_unfit",
             True,
             f"unfit_{kind}_id",
-            f"have a {kind} id with control characters or of more than {LONGEST_ID:,} bytes",
+            f"have control characters or more than {LONGEST_ID:,} bytes in {kind}_id",
             example=f"{kind}_id",
             remedy="PostgreSQL takes no NUL, and no index holds a longer id.",
         )

@@ -27,10 +27,11 @@ from ranking import world as ranked_world
 
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.embedding.items import batches_by_tokens
-from hllm.evaluation.ranking import rank_by_vectors
+from hllm.models.common.items import CachedItems
+from hllm.models.common.ranking import rank_by_vectors
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import CachedItems, TextItems
-from hllm.models.users import DecoderUser
+from hllm.models.hllm.items import TextItems
+from hllm.models.hllm.users import DecoderUser
 from hllm.training.batches import Batches
 
 Act = Callable[[], object]

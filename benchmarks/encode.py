@@ -30,7 +30,7 @@ from tokenizers.processors import TemplateProcessing
 from hllm.data.prepared import ARRAYS, Prepared
 from hllm.embedding.items import batches_by_tokens
 from hllm.models.common.backbone import PretrainedTokenizer, find
-from hllm.models.items import TextItems
+from hllm.models.hllm.items import TextItems
 
 TOKENS_PER_BATCH = 8_192
 PEERS = ("sentence-transformers, batches of 32", "sentence-transformers, batches of 128")

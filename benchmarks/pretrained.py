@@ -2,7 +2,7 @@
 
     python benchmarks/pretrained.py [--config FILE] [--set a.b=c ...] [--prepared FOLDER] [--steps 40]
 
-One settings file (the demo's, unless told), twice, with nothing different but `model.item_llm.pretrained`
+One settings file (the demo's, unless told), twice, with nothing different but `hllm.item_llm.pretrained`
 (the whitening is of each start's own vectors): the loss on the very same first batch, then Recall@50 and
 NDCG@10 on the validation events (whole catalogue, history left out) before training and after a few steps of
 stage 1. A difference counts when its interval, from resampled users, leaves out 0; the claim is about
@@ -54,7 +54,7 @@ def main() -> None:
         ours, random = (
             settings_module.load(
                 args.config,
-                [*args.set, *overrides(Path(name)), f"model.item_llm.pretrained={pretrained}"],
+                [*args.set, *overrides(Path(name)), f"hllm.item_llm.pretrained={pretrained}"],
             )
             for pretrained in ("true", "false")
         )
@@ -124,7 +124,7 @@ class Run:
 
 
 def run(settings: Settings, prepared: Prepared, steps: int, work: Path) -> Run:
-    stage = settings.train.stage1.model_copy(update={"steps": steps, "evaluate_every": 0})
+    stage = settings.hllm.stage1.model_copy(update={"steps": steps, "evaluate_every": 0})
     model = new_model(settings, "hllm", prepared)
     batches = Batches(
         prepared, stage.history_length, stage.batch_size, stage.negatives, settings.run.seed + 1

@@ -24,7 +24,7 @@ import torch
 from measure import Figures, arguments, interleaved, machine, print_table
 
 from hllm.evaluation.metrics import gains, metric_names
-from hllm.evaluation.ranking import HeldOut, rank_by_vectors
+from hllm.models.common.ranking import HeldOut, rank_by_vectors
 
 CUTOFFS = (10, 50, 200)
 WANTED = 5.0

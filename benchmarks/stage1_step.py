@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.models.common.packing import Packing, packed_attention, ragged, run_packed
 from hllm.models.common.recommender import Batch, Recommender, info_nce, no_negatives
-from hllm.models.items import TextItems
-from hllm.models.users import DecoderUser
+from hllm.models.hllm.items import TextItems
+from hllm.models.hllm.users import DecoderUser
 from hllm.training.batches import Batches
 
 WANTED = 2.0

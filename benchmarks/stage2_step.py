@@ -23,9 +23,11 @@ from measure import Figures, Times, arguments, machine, memory_apart, print_memo
 from torch import nn
 
 from hllm.data.prepared import Prepared
+from hllm.models.common.items import CachedItems, IdItems
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import CachedItems, IdItems, TextItems
-from hllm.models.users import DecoderUser, SASRecUser
+from hllm.models.hllm.items import TextItems
+from hllm.models.hllm.users import DecoderUser
+from hllm.models.sasrec.user import SASRecUser
 from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.loop import in_bf16

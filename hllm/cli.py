@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from hllm import settings as settings_module
-from hllm.errors import ConfigError, HLLMError, InfraError, Terminated
-from hllm.pipeline import FAMILIES, embed_name, execute, limit_threads, terminate, train_name
+from hllm.errors import ConfigError, HLLMError, Terminated
+from hllm.foreign_errors import as_ours
+from hllm.models.family import Family, TrainedModel, families, family
+from hllm.pipeline import execute, export_step, limit_threads
 from hllm.settings import Settings
 from hllm.work import launch
 from hllm.work.ranks import told
-from hllm.work.termination import leave, say
+from hllm.work.termination import leave, say, terminate, was_terminated
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -41,9 +42,12 @@ Version = Annotated[
         help="Model version; the one these settings registered when left out.",
     ),
 ]
-Family = Annotated[
+FamilyName = Annotated[
     str | None,
-    typer.Option(help=f"Model family: {', '.join(FAMILIES)}. The settings' model.family when left out."),
+    typer.Option(
+        "--family",
+        help=f"Model family: {', '.join(families())}. The settings' model.family when left out.",
+    ),
 ]
 
 By = Annotated[str, typer.Option("--by", envvar="HLLM_DECIDED_BY", help="Who decided.")]
@@ -77,7 +81,7 @@ def train(
     stage: Annotated[
         int, typer.Option(min=1, help="1: end to end. 2: the user model alone, from the item cache.")
     ] = 1,
-    family: Family = None,
+    family: FamilyName = None,
     config: Config = None,
     set: Set = None,
     force: Force = False,
@@ -87,13 +91,13 @@ def train(
     with _command(debug):
         settings = settings_module.load(config, set or ())
         chosen = _family(family, settings)
-        if stage not in FAMILIES[chosen]:
+        if stage > len(chosen.stages):
+            known = ", ".join(str(number) for number in range(1, 1 + len(chosen.stages)))
             typer.echo(
-                f"train: {chosen} has no stage {stage} "
-                f"(its stages: {', '.join(map(str, FAMILIES[chosen]))}); nothing to do"
+                f"train: {chosen.name} has no stage {stage} (its stages: {known or 'none'}); nothing to do"
             )
             return
-        _run(train_name(chosen, stage), settings, force)
+        _run(TrainedModel(chosen, stage).train_step, settings, force)
 
 
 @app.command()
@@ -102,7 +106,7 @@ def embed(
         int,
         typer.Option(help="1: encode every item into the item cache. 3: freeze, export every item and user."),
     ] = 1,
-    family: Family = None,
+    family: FamilyName = None,
     config: Config = None,
     set: Set = None,
     force: Force = False,
@@ -116,7 +120,7 @@ def embed(
             raise ConfigError(
                 "embed knows stage 1 (item cache) and stage 3 (export)", where=f"--stage {stage}"
             )
-        _run(embed_name(chosen, stage), settings, force)
+        _run(TrainedModel(chosen, 1).embed_step if stage == 1 else export_step(chosen), settings, force)
 
 
 @app.command()
@@ -419,13 +423,13 @@ def _run(name: str, settings: Settings, force: bool) -> None:
     say(line)
 
 
-def _family(family: str | None, settings: Settings) -> str:
-    chosen = family or settings.model.family
-    if chosen not in FAMILIES:
+def _family(name: str | None, settings: Settings) -> Family:
+    chosen = name or settings.model.family
+    if chosen not in families():
         raise ConfigError(
-            f"is not a model family; there are {', '.join(FAMILIES)}", where=f"--family {chosen}"
+            f"is not a model family; there are {', '.join(families())}", where=f"--family {chosen}"
         )
-    return chosen
+    return family(chosen)
 
 
 @contextlib.contextmanager
@@ -434,44 +438,44 @@ def _command(debug: bool) -> Iterator[None]:
     signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except Terminated:
-        _say_last("stopped by SIGTERM; the same command continues from the last checkpoint")
-        raise SystemExit(Terminated.exit_code) from None
-    except HLLMError as error:
-        if debug:
-            raise
-        _say_last(str(error))
-        raise SystemExit(error.exit_code) from None
     except (SystemExit, typer.Exit):
+        _end_if_terminated()
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        _end_if_terminated()
+        _say_last("interrupted; the same command continues")
+        raise SystemExit(130) from None
+    except BaseException as error:
+        if isinstance(error, Terminated) or was_terminated():
+            _end_terminated()
         if debug:
             raise
-        if _disk_is_full(error):
-            _say_last(
-                f"the disk is full: {' '.join(str(error).split())}\n"
-                "  Free some (`hllm prune`, ~/.cache/hllm, /tmp); in a cluster ask for more: runner.pod.disk."
+        ours = as_ours(error)
+        if ours is None:
+            ours = HLLMError(
+                f"{type(error).__name__}: {error}",
+                remedy="This is a bug. Run the same command with --debug for the traceback.",
             )
-            raise SystemExit(InfraError.exit_code) from None
-        _say_last(
-            f"{type(error).__name__}: {error}\n"
-            "  This is a bug. Run the same command with --debug for the traceback."
-        )
-        raise SystemExit(HLLMError.exit_code) from None
+        _say_last(str(ours))
+        raise SystemExit(ours.exit_code) from None
+    _end_if_terminated()
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    """Whatever library noticed it: most say it in the system's words, whichever type their errors have."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        words in str(error) for words in (os.strerror(errno.ENOSPC), "disk is full")
-    )
+def _end_if_terminated() -> None:
+    """Whatever a library made of the interruption."""
+    if was_terminated():
+        _end_terminated()
+
+
+def _end_terminated() -> NoReturn:
+    _say_last("stopped by SIGTERM; the same command continues from the last checkpoint")
+    raise SystemExit(Terminated.exit_code) from None
 
 
 def _say_last(message: str) -> None:
     """To stderr, and its first line to where a scheduler looks for the reason of a failure."""
     typer.echo(f"error: {message}", err=True)
     leave(message.splitlines()[0])
-
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import typer
 from tabulate import tabulate
 
 from hllm.errors import ConfigError, HLLMError, InfraError
+from hllm.models.family import family
 from hllm.settings import Settings
 from hllm.work.objects import is_s3, list_objects, split_s3
 
@@ -65,10 +66,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     if settings.train.zero:
         yield _deepspeed(settings.train.zero)
     yield _asked("data source", lambda: _source(settings), "See the section [data] of the settings.")
-    for name in ("item_llm", "user_llm"):
-        backbone = settings.at(f"model.{name}.backbone")
-        if settings.model.family == "hllm":
-            yield _asked(f"model.{name}", lambda backbone=backbone: _backbone(backbone), "")  # type: ignore[misc]
+    for name in family(settings.model.family).backbones:
+        tower = f"{settings.model.family}.{name}"
+        backbone = settings.at(f"{tower}.backbone")
+        yield _asked(tower, lambda backbone=backbone: _backbone(backbone), "")  # type: ignore[misc]
     yield _asked("MLflow", lambda: _mlflow(settings), "", service=True)
     remedy = "See feast.registry; HLLM_FEAST_PASSWORD if the server wants one."
     yield _asked("Feast registry", lambda: _registry(settings), remedy, service=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import hllm
-from hllm.errors import ConfigError, DataError, InfraError, Terminated
+from hllm.errors import ConfigError, DataError, InfraError
+from hllm.models.family import Family, TrainedModel, families, family
 from hllm.settings import Settings
 from hllm.work import launch, ranks
 from hllm.work.artifacts import (
@@ -52,6 +53,8 @@ class Step:
     """Whether several processes can share the work (`run.processes`)."""
     revision: int = 1
     """Raised when the step's code changes what it writes."""
+    backbones: tuple[str, ...] = ()
+    """Dotted settings of backbones whose files it reads: their fingerprints belong to the key."""
 
 
 UNDECISIVE = {"checkpoint_minutes", "keep_checkpoints", "batch_rows"}
@@ -60,52 +63,28 @@ UNDECISIVE = {"checkpoint_minutes", "keep_checkpoints", "batch_rows"}
 PRUNED = ("ingest", "validate", "prepare")
 """Steps whose outputs `hllm prune` removes when nobody needs them any more."""
 
-FAMILIES: dict[str, tuple[int, ...]] = {"hllm": (1, 2), "sasrec": (1,), "hstu": (1,)}
-"""Family -> its training stages."""
 
-_TRAIN_DECIDES: dict[tuple[str, int], tuple[str, ...]] = {
-    ("hllm", 1): (
-        "run.seed",
-        "model.item_llm",
-        "model.user_llm",
-        "model.user_features",
-        "model.objective",
-        "model.generative_weight",
-        "model.dropout",
-        "model.temperature",
-        "model.item_vector",
-        "model.whiten",
-        "train.stage1",
-    ),
-    ("hllm", 2): (
-        "run.seed",
-        "model.user_llm.frozen",
-        "model.user_llm.lora_rank",
-        "model.generative_weight",
-        "model.dropout",
-        "train.stage2",
-    ),
-    ("sasrec", 1): ("run.seed", "model.sasrec", "model.temperature", "train.sasrec"),
-    ("hstu", 1): ("run.seed", "model.hstu", "model.temperature", "train.hstu"),
-}
+def trained_models(settings: Settings) -> list[TrainedModel]:
+    """What is trained, in order: the stages of the main family, as many as `model.stages` says, then all of
+    each baseline's."""
+    found = []
+    for name in dict.fromkeys((settings.model.family, *settings.model.baselines)):
+        stages = range(1, 1 + len(family(name).stages))
+        chosen = settings.model.stages if name == settings.model.family else 0
+        found += [TrainedModel(family(name), stage) for stage in stages[: chosen or None]]
+    return found
 
 
-_TRAIN_REVISIONS: dict[tuple[str, int], int] = {("hllm", 1): 2}
-"""2: a random User LLM starts with larger inputs; a frozen BERT is read without its dropout."""
+def candidate(settings: Settings) -> TrainedModel:
+    """The model that is registered: the main family after its last stage."""
+    return [each for each in trained_models(settings) if each.family.name == settings.model.family][-1]
 
 
-def stages_of(settings: Settings, family: str) -> tuple[int, ...]:
-    """The stages that are trained: all of a baseline's, of the main family as many as `model.stages` says."""
-    chosen = settings.model.stages if family == settings.model.family else 0
-    return FAMILIES[family][: chosen or None]
-
-
-def train_name(family: str, stage: int) -> str:
-    return f"train-{family}-{stage}"
-
-
-def embed_name(family: str, stage: int) -> str:
-    return f"embed-{family}-{stage}"
+def tokenizer_setting(settings: Settings) -> str:
+    """The setting that names the backbone whose tokenizer reads the texts: that of the first trained family
+    that reads any, or else of the first that there is, so that models which are compared share their data."""
+    known = [*(each.family for each in trained_models(settings)), *families().values()]
+    return next((f"{each.name}.{each.tokenizer}" for each in known if each.tokenizer), "")
 
 
 def steps(settings: Settings) -> dict[str, Step]:
@@ -133,57 +112,58 @@ def steps(settings: Settings) -> dict[str, Step]:
             ("prepare",),
             "ids, histories, token store",
             ("validate",),
-            ("prepare", "model.item_llm.backbone"),
+            ("prepare", *filter(None, (tokenizer_setting(settings),))),
             "hllm.data.prepare:prepare",
+            backbones=tuple(filter(None, (tokenizer_setting(settings),))),
         ),
     ]
     evaluated: list[str] = []
-    for family in dict.fromkeys((settings.model.family, *settings.model.baselines)):
-        for stage in stages_of(settings, family):
-            decides = _TRAIN_DECIDES[family, stage]
-            trained = settings.at(decides[-1])
-            # Validation reads as far as inference does; ID-based models at most as far as they learn.
-            if trained.evaluate_every and (
-                family == "hllm" or settings.embed.max_history < trained.history_length
-            ):
-                decides += ("embed.max_history",)
-            if settings.train.share < 1:
-                decides += ("train.share",)
-            cache = () if stage == 1 else (train_name(family, 1), embed_name(family, 1))
+    for trained in trained_models(settings):
+        family, first = trained.family, TrainedModel(trained.family, 1)
+        stage, contract = family.stage_settings(settings, trained.stage), family.stages[trained.stage - 1]
+        decides = family.key_settings(trained.stage)
+        # Validation reads as far as inference does; models with positions at most as far as they learn.
+        if stage.evaluate_every and not (
+            family.bounded_history and settings.embed.max_history >= stage.history_length
+        ):
+            decides += ("embed.max_history",)
+        if settings.train.share < 1:
+            decides += ("train.share",)
+        found.append(
+            Step(
+                trained.train_step,
+                ("train", "--family", family.name, "--stage", str(trained.stage)),
+                f"{family.name} stage {trained.stage}",
+                ("prepare", *((first.train_step, first.embed_step) if contract.cached_items else ())),
+                decides,
+                "hllm.training.train:train",
+                shared=True,
+                revision=contract.revision,
+                backbones=family.tower_settings(trained.stage),
+            )
+        )
+        evaluated.append(trained.train_step)
+        if not contract.cached_items:
             found.append(
                 Step(
-                    train_name(family, stage),
-                    ("train", "--family", family, "--stage", str(stage)),
-                    f"{family} stage {stage}",
-                    ("prepare", *cache),
-                    decides,
-                    "hllm.training.train:train",
+                    trained.embed_step,
+                    ("embed", "--family", family.name, "--stage", str(trained.stage)),
+                    f"{family.name}: every item encoded once",
+                    ("prepare", trained.train_step),
+                    ("embed.shard_items",),
+                    "hllm.embedding.items:embed_items",
                     shared=True,
-                    revision=_TRAIN_REVISIONS.get((family, stage), 1),
                 )
             )
-            evaluated.append(train_name(family, stage))
-            if stage == 1:
-                found.append(
-                    Step(
-                        embed_name(family, 1),
-                        ("embed", "--family", family, "--stage", "1"),
-                        f"{family}: every item encoded once",
-                        ("prepare", train_name(family, 1)),
-                        ("embed.shard_items",),
-                        "hllm.embedding.items:embed_items",
-                        shared=True,
-                    )
-                )
-                evaluated.append(embed_name(family, 1))
-    main = settings.model.family
-    last = train_name(main, stages_of(settings, main)[-1])
+            evaluated.append(trained.embed_step)
+    main = candidate(settings)
+    first = TrainedModel(main.family, 1)
     found.append(
         Step(
-            embed_name(main, 3),
-            ("embed", "--family", main, "--stage", "3"),
-            f"{main}: frozen; every item and user exported",
-            tuple(dict.fromkeys(("prepare", train_name(main, 1), embed_name(main, 1), last))),
+            export_step(main.family),
+            ("embed", "--family", main.family.name, "--stage", "3"),
+            f"{main.family.name}: frozen; every item and user exported",
+            tuple(dict.fromkeys(("prepare", first.train_step, first.embed_step, main.train_step))),
             ("embed.max_history", "embed.shard_users"),
             "hllm.embedding.export:export",
             shared=True,
@@ -195,7 +175,7 @@ def steps(settings: Settings) -> dict[str, Step]:
                 "rank",
                 ("rank",),
                 "the reference ranker, with and without the vectors",
-                ("prepare", embed_name(main, 1), last),
+                ("prepare", first.embed_step, main.train_step),
                 ("ranking", "evaluation", "run.seed", "embed.max_history"),
                 "hllm.ranker.rank:rank",
             )
@@ -214,12 +194,18 @@ def steps(settings: Settings) -> dict[str, Step]:
     return {step.name: step for step in found}
 
 
+def export_step(family: Family) -> str:
+    """The step that writes every vector of a family out: its last."""
+    return f"embed-{family.name}-3"
+
+
 def keys(settings: Settings) -> dict[str, str]:
     """The output key of every step, computed without running anything."""
     from hllm.data.readers import source_fingerprints
     from hllm.models.common.backbone import fingerprint
 
     found: dict[str, str] = {}
+    memory = Store(settings.run.root).local
     for step in steps(settings).values():
         found[step.name] = digest_of(
             {
@@ -227,12 +213,8 @@ def keys(settings: Settings) -> dict[str, str]:
                 "revision": step.revision,
                 "settings": settings_of(step, settings),
                 "needs": [found[need] for need in step.needs],
-                "source": source_fingerprints(settings.data) if step.name == "ingest" else None,
-                "backbones": [
-                    fingerprint(settings.at(f"model.{tower}.backbone"))
-                    for tower in ("item_llm", "user_llm")
-                    if any(dotted.startswith(f"model.{tower}") for dotted in step.decides)
-                ],
+                "source": source_fingerprints(settings.data, memory) if step.name == "ingest" else None,
+                "backbones": [fingerprint(settings.at(dotted)) for dotted in step.backbones],
             }
         )
     return found
@@ -338,11 +320,6 @@ class Context:
             signal.signal(signal.SIGTERM, before)
 
 
-def terminate(*_: object) -> None:
-    """The SIGTERM handler of commands: unwind, release locks, exit 143."""
-    raise Terminated
-
-
 @dataclass(frozen=True)
 class Outcome:
     manifest: Manifest
@@ -362,8 +339,8 @@ def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[s
         raise ConfigError(f"no step {name} with these settings", remedy=f"Steps: {', '.join(found)}.")
     step, all_keys = found[name], keys(settings)
     store, key = Store(settings.run.root), all_keys[name]
-    done = store.manifest(name, key)
-    if done and not force:
+    done = None if force else store.whole(name, key)
+    if done:
         if name.startswith("train-"):  # the only steps that keep anything in S3 before they are finished
             store.tidy(name, key)
         _use(store, name, key)
@@ -399,7 +376,7 @@ def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, s
 
     name, key = step.name, all_keys[step.name]
     with store.lock(name, key):
-        if not force and (done := store.manifest(name, key)):  # while this one waited for the lock
+        if not force and (done := store.whole(name, key)):  # while this one waited for the lock
             return _reused_by_all(done, store)
         inputs = _fetch(step, store, all_keys)
         output = store.folder(name, key)

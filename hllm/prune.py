@@ -60,9 +60,7 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
     return going
 
 
-def _reasons(
-    settings: Settings, store: Store, found: list[Manifest], since: datetime
-) -> dict[Output, str]:
+def _reasons(settings: Settings, store: Store, found: list[Manifest], since: datetime) -> dict[Output, str]:
     """Why an output is kept; of those that nothing speaks for, nothing."""
     newest = {(each.step, each.facts.get("run")): each for each in found}  # they come oldest first
     young = [each for each in found if datetime.fromisoformat(each.created_at) > since]

@@ -121,8 +121,8 @@ def _log_of(settings: Settings, info: VersionInfo, user: str) -> list[str]:
 
     with server.mlflow_errors(settings):
         tags = server.client(settings).get_run(info.run_id).data.tags if info.run_id else {}
-    store, key = Store(info.tags["export"].rsplit("/", 2)[0]), tags.get("hllm.output.prepare", "")
-    if not key or store.manifest("prepare", key) is None:
+    store, key = Store(settings.run.root), tags.get("hllm.output.prepare", "")
+    if not versions.OUTPUT_NAME.fullmatch(key) or store.manifest("prepare", key) is None:
         return []
     prepared = Prepared.open(store.fetch("prepare", key))
     rows = parquet.read_table(

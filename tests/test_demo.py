@@ -144,10 +144,13 @@ def test_the_comparison_shows_every_model_on_the_same_events() -> None:
         "hllm-1": figures(0.05),
         "hllm-2": figures(0.09),
     }
-    text = summary.comparison({"headline": "filtered", "rows": 943, "catalogue": 1682, "models": models})
+    asked = {"candidate": "hllm-2", "headline": "filtered", "rows": 943, "catalogue": 1682}
+    text = summary.comparison({**asked, "models": models})
     assert "943 held-out events, ranked among all 1,682 items" in text
-    assert re.search(r"HLLM after stage 2 +0.0900 \[0.0450, 0.1800\]", text)
-    assert [line.split("  ")[0] for line in text.splitlines()[3:]] == list(summary.MODELS.values())
+    assert re.search(r"HLLM stage 2 +0.0900 \[0.0450, 0.1800\]", text)
+    assert [line.split("  ")[0] for line in text.splitlines()[3:]] == [
+        *("HLLM stage 2", "HLLM stage 1", "SASRec", "HSTU", "Most popular")
+    ]
 
 
 def test_a_user_is_shown_with_what_they_really_chose() -> None:
@@ -173,15 +176,18 @@ columns = {{texts = ["title", "genre"]}}
 prompt = ""
 max_tokens = 64
 [model]
+baselines = ["sasrec"]
+[hllm]
 item_llm = {{width = 32, layers = 1}}
 user_llm = {{width = 32, layers = 1}}
-sasrec = {{width = 32, layers = 1}}
-[train]
 stage1 = {{steps = 4, batch_size = 8}}
 stage2 = {{steps = 4, batch_size = 8}}
-sasrec = {{steps = 4, batch_size = 8}}
+[sasrec]
+width = 32
+layers = 1
+stage1 = {{steps = 4, batch_size = 8}}
 [gate]
-min_vs_popular = 0.0
+min_vs = {{popular = 0.0}}
 [evaluation]
 bootstrap = 20
 [mlflow]
@@ -211,7 +217,7 @@ def test_the_demo_trains_releases_and_reuses_with_a_real_airflow(tmp_path: Path,
     for name in ("ingest", "train-hllm-2", "evaluate", "register", "publish", "verify", "promote"):
         assert re.search(rf"^  {name} +[\d.]+ s  ", first.stdout, re.M), first.stdout
     assert 'in the name "the demo\'s test"' in first.stdout
-    assert "most-popular" in first.stdout
+    assert "Most popular" in first.stdout
     assert "really chose" in first.stdout
     assert "ranking request reads from Feast, version 1" in first.stdout
     assert re.search(r"^MLflow +http://127\.0\.0\.1:\d+/#/models/", first.stdout, re.M), first.stdout

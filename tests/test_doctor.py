@@ -53,9 +53,9 @@ def test_what_the_settings_lack_is_a_configuration_error(
 ) -> None:
     sets = {
         "data.items": "nowhere.parquet",  # short: a cell that is wrapped splits what it says
-        "model.user_llm": {"backbone": "package:nosuch/x.gguf"},
+        "hllm.user_llm": {"backbone": "package:nosuch/x.gguf"},
     }
-    with pytest.raises(ConfigError, match=r"missing: data source, model\.user_llm") as error:
+    with pytest.raises(ConfigError, match=r"missing: data source, hllm\.user_llm") as error:
         doctor.doctor(tiny_settings(**sets))
     assert error.value.exit_code == 64
     said = capsys.readouterr().out

@@ -93,9 +93,9 @@ UNSEEN_PLAN = ["plan", "--set", "run.seed=99"]
 """Of a pipeline that was never registered: about another, MLflow would be asked."""
 
 INTERRUPTED: dict[str, Any] = {
-    "train.stage1.steps": 60,
-    "train.stage1.checkpoint_minutes": 1e-6,  # after every step
-    "train.stage1.evaluate_every": 20,
+    "hllm.stage1.steps": 60,
+    "hllm.stage1.checkpoint_minutes": 1e-6,  # after every step
+    "hllm.stage1.evaluate_every": 20,
     "gate.min_vs_champion": 0.0,
     "embed.shard_items": 2,
     "embed.shard_users": 2,
@@ -155,7 +155,7 @@ def assert_recommendations(world: World) -> None:
 def test_a_second_version_is_promoted_and_rolled_back(world: World):
     for command in ("register", "publish", "verify", "promote"):
         world.run(command)
-    other = ("--set", "train.stage2.steps=6")
+    other = ("--set", "hllm.stage2.steps=6")
     for step in ("train-hllm-2", "embed-hllm-3", "evaluate"):
         assert "done in" in world.run(*steps(world.settings)[step].argv, *other)
     for command in ("register", "publish", "verify"):

@@ -15,21 +15,21 @@ CONFIGS = sorted({*FOLDER.glob("*.toml"), *FOLDER.glob("*/*.toml")})
 @pytest.fixture
 def toml(tmp_path: Path) -> Path:
     path = tmp_path / "hllm.toml"
-    path.write_text("[train.stage1]\nbatch_size = 8\n[run]\nname = 'from the file'\n")
+    path.write_text("[hllm.stage1]\nbatch_size = 8\n[run]\nname = 'from the file'\n")
     return path
 
 
 def test_a_partly_written_section_keeps_its_own_defaults(toml: Path) -> None:
     loaded = settings.load(toml, environ={})
-    assert (loaded.train.stage1.batch_size, loaded.train.stage1.history_length) == (8, 10)
-    assert loaded.train.stage2.history_length == 200
+    assert (loaded.hllm.stage1.batch_size, loaded.hllm.stage1.history_length) == (8, 10)
+    assert loaded.hllm.stage2.history_length == 200
 
 
 def test_the_environment_wins_over_the_file_and_set_over_both(toml: Path) -> None:
-    environ = {"HLLM__TRAIN__STAGE1__BATCH_SIZE": "16", "HLLM__RUN__NAME": "from the environment"}
-    assert settings.load(toml, environ=environ).train.stage1.batch_size == 16
-    loaded = settings.load(toml, ["train.stage1.batch_size=32"], environ)
-    assert (loaded.train.stage1.batch_size, loaded.run.name) == (32, "from the environment")
+    environ = {"HLLM__HLLM__STAGE1__BATCH_SIZE": "16", "HLLM__RUN__NAME": "from the environment"}
+    assert settings.load(toml, environ=environ).hllm.stage1.batch_size == 16
+    loaded = settings.load(toml, ["hllm.stage1.batch_size=32"], environ)
+    assert (loaded.hllm.stage1.batch_size, loaded.run.name) == (32, "from the environment")
 
 
 @pytest.mark.parametrize(
@@ -51,18 +51,18 @@ def test_lists_and_truth_values_are_written_as_in_toml() -> None:
 
 def test_a_misspelt_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
     path = tmp_path / "hllm.toml"
-    path.write_text("[train.stage1]\nbatchsize = 8\n")
+    path.write_text("[hllm.stage1]\nbatchsize = 8\n")
     with pytest.raises(ConfigError) as error:
         settings.load(path, environ={})
     assert error.value.exit_code == 64
     assert error.value.first_line == (
-        f"{path}: train.stage1.batchsize is not a setting. Did you mean train.stage1.batch_size?"
+        f"{path}: hllm.stage1.batchsize is not a setting. Did you mean hllm.stage1.batch_size?"
     )
 
 
 def test_a_misspelt_name_counts_for_more_than_its_section() -> None:
-    with pytest.raises(ConfigError, match=r"Did you mean train\.stage1\.batch_size\?"):
-        settings.load(None, ["train.batchsize=8"], {})
+    with pytest.raises(ConfigError, match=r"Did you mean hllm\.stage1\.batch_size\?"):
+        settings.load(None, ["hllm.batchsize=8"], {})
     with pytest.raises(ConfigError, match=r"mandolin is not a setting\.\n"):
         settings.load(None, ["mandolin=8"], {})
 
@@ -78,8 +78,8 @@ def test_a_misspelt_key_is_blamed_on_where_it_was_typed() -> None:
 
 def test_a_value_that_does_not_fit_says_what_the_setting_is(toml: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        settings.load(toml, ["train.stage1.batch_size=0"], {})
-    assert "train.stage1.batch_size" in error.value.first_line
+        settings.load(toml, ["hllm.stage1.batch_size=0"], {})
+    assert "hllm.stage1.batch_size" in error.value.first_line
     assert "got 0" in error.value.first_line
     assert "Windows per step." in str(error.value)
 

@@ -89,7 +89,7 @@ def write_csv(path: Path, header: list[str], rows: Any) -> Path:
 def tiny_settings(folder: Path, source: TinySource, **sets: Any) -> Settings:
     """Settings whose every file lies under `folder`, with byte tokens and tiny random decoders.
 
-    `tiny_settings(tmp_path, source, **{"train.stage1.steps": 3})` overrides any of them.
+    `tiny_settings(tmp_path, source, **{"hllm.stage1.steps": 3})` overrides any of them.
     """
     tiny = {"width": 32, "heads": 2, "layers": 1}
     stage = {"history_length": 8, "batch_size": 8, "negatives": 16, "steps": 4, "lr": 1e-3}
@@ -102,15 +102,17 @@ def tiny_settings(folder: Path, source: TinySource, **sets: Any) -> Settings:
             "columns": {"texts": ["title", "genre"]},
         },
         "prepare": {"prompt": "item: ", "max_tokens": 48},
-        "model": {"item_llm": dict(tiny), "user_llm": dict(tiny), "sasrec": dict(tiny), "hstu": dict(tiny)},
-        "train": {
+        "model": {"baselines": ["sasrec"]},
+        "hllm": {
+            "item_llm": dict(tiny),
+            "user_llm": dict(tiny),
             "stage1": dict(stage),
             "stage2": {**stage, "history_length": 16},
-            "sasrec": dict(stage),
-            "hstu": dict(stage),
         },
+        "sasrec": {**tiny, "stage1": dict(stage)},
+        "hstu": {**tiny, "stage1": dict(stage)},
         "evaluation": {"cutoffs": [5, 10], "bootstrap": 20},
-        "gate": {"metric": "ndcg@10", "min_vs_popular": 0.0},
+        "gate": {"metric": "ndcg@10", "min_vs": {"popular": 0.0}},
         "mlflow": {
             "tracking_uri": f"sqlite:///{folder}/mlflow.db",
             "artifact_root": str(folder / "mlflow"),

@@ -40,10 +40,11 @@ from transformers import AutoModel, LlamaConfig
 
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.embedding.items import encoded
+from hllm.models.common.items import CachedItems
 from hllm.models.common.packing import packed_attention
 from hllm.models.common.recommender import Batch, Recommender
-from hllm.models.items import CachedItems, TextItems
-from hllm.models.users import DecoderUser
+from hllm.models.hllm.items import TextItems
+from hllm.models.hllm.users import DecoderUser
 from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.gradients import backpropagate

@@ -25,7 +25,8 @@ from kubernetes.client import ApiException, V1EnvVar, V1Pod
 from urllib3.exceptions import HTTPError
 
 from hllm.errors import ConfigError, InfraError
-from hllm.pipeline import FAMILIES, embed_name, train_name
+from hllm.models.family import Family, TrainedModel, families
+from hllm.pipeline import export_step
 from hllm.settings import Pod, Settings
 from wiring.form import ROOT
 from wiring.runner import Ended, Environment, failure
@@ -349,8 +350,7 @@ def refuse_unknown_steps(named: Mapping[str, Pod]) -> None:
     known = [
         *("ingest", "validate", "prepare", "evaluate", "register", "publish", "verify", "promote", "reject"),
         *("refresh-items", "refresh-users", "watch"),
-        *(train_name(family, stage) for family, stages in FAMILIES.items() for stage in stages),
-        *(embed_name(family, stage) for family in FAMILIES for stage in (1, 3)),
+        *(step for family in families().values() if family.stages for step in _steps_of(family)),
     ]
     for name in named:
         if name not in known:
@@ -365,3 +365,8 @@ def refuse_unknown_steps(named: Mapping[str, Pod]) -> None:
                 f"runner.steps.{name}.nodes is {named[name].nodes}, but only one pod can do that step",
                 remedy="train, embed and evaluate can be shared between pods.",
             )
+
+
+def _steps_of(family: Family) -> list[str]:
+    trained = [TrainedModel(family, number) for number in range(1, 1 + len(family.stages))]
+    return [*(one.train_step for one in trained), trained[0].embed_step, export_step(family)]

@@ -92,9 +92,7 @@ class SetTrigger(PodTrigger):
         name, patient = self.trigger_kwargs["jobset"], {"_request_timeout": ANSWER_SECONDS}
         async with self.hook.get_conn() as connection:
             core = client.CoreV1Api(connection)
-            pods = await core.list_namespaced_pod(
-                self.pod_namespace, label_selector=pods_of(name), **patient
-            )
+            pods = await core.list_namespaced_pod(self.pod_namespace, label_selector=pods_of(name), **patient)
             for pod in pods.items:
                 if rank_of(pod) == "0":
                     return {"name": pod.metadata.name}

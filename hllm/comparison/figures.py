@@ -16,18 +16,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from hllm.comparison.file import JUDGED, LOSS, POPULAR, Comparison, Metric
+from hllm.comparison.file import JUDGED, LOSS, Comparison, Metric
 from hllm.comparison.loss import scale_of, softmax_loss
 from hllm.comparison.work import Pipeline
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
 from hllm.evaluation.auc import METRICS, aucs
 from hllm.evaluation.evaluate import held_out_vectors
-from hllm.evaluation.labelled import cosines, labelled_rows, read_scores, simple_scores
+from hllm.evaluation.labelled import cosines, labelled_rows, read_scores, untrained_scores
 from hllm.evaluation.measure import PART
 from hllm.evaluation.metrics import Interval, gains, metric_names, resampled_means
-from hllm.evaluation.ranking import HeldOut
 from hllm.evaluation.segments import segments
+from hllm.models.common.ranking import HeldOut
+from hllm.models.family import untrained
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -102,14 +103,18 @@ def ranked(comparison: Comparison, found: Sequence[Pipeline]) -> Ranked:
                 where=comparison.name,
                 remedy="The models of a comparison share the data, the split and prepare.k_core.",
             )
-        ranks[POPULAR, pipeline.seed] = read_ranks(pipeline, "popular")[1]
+        for family in untrained():
+            ranks[family.title, pipeline.seed] = read_ranks(pipeline, family.name)[1]
         if LOSS in wanted:
             users_RD, items_ID = held_out_vectors(pipeline.context, label, prepared, held_out)
             scale = scale_of(pipeline.folder(f"train-{label}"))
             losses[name] = softmax_loss(users_RD, items_ID, scale, held_out)
         if not wanted.isdisjoint(JUDGED):
             scores[name] = scores_of(pipeline, label, prepared, judged)
-            scores[POPULAR, pipeline.seed] = simple_scores(prepared, judged)["popular"]
+            known = untrained_scores(pipeline.settings, prepared, judged)
+            for family in untrained():
+                if family.name in known:
+                    scores[family.title, pipeline.seed] = known[family.name]
     labels_L = np.asarray(prepared.event_labels)[held_out.positions_R[rows]].astype(np.int64)
     return Ranked(
         held_out.users_R,

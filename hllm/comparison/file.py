@@ -5,13 +5,13 @@
     metrics = ["ndcg@10", "item:cold recall@50"]
 
     [budget]                             # the same for all: no model may change it
-    train.stage1.steps = 200
+    hllm.stage1.steps = 200
 
     [models."[ITEM]"]
-    model.item_vector = "item_token"
+    hllm.item_vector = "item_token"
 
     [models."mean"]
-    model.item_vector = "mean"
+    hllm.item_vector = "mean"
     label = "hllm-1"                     # which of its trained models counts; the last stage if left out
 
 The first model is the one that the others are compared with, unless `reference` names another. `axis` names a
@@ -37,7 +37,6 @@ from hllm.settings import Settings, read_toml
 
 SEEDS = (17, 18, 19)
 METRICS = ("ndcg@10", "recall@10", "recall@50", "item:cold recall@50")
-POPULAR = "most-popular"
 LOSS = "loss"
 JUDGED = ("auc", "uauc", "wuauc")
 """Metrics of held-out events with a label; models that rank only are judged by the score they rank with."""
@@ -149,9 +148,9 @@ def read(path: Path, overrides: tuple[str, ...] = (), seeds: tuple[int, ...] = (
 
 
 def _last_label(settings: Settings) -> str:
-    from hllm.pipeline import stages_of
+    from hllm.pipeline import candidate
 
-    return f"{settings.model.family}-{stages_of(settings, settings.model.family)[-1]}"
+    return candidate(settings).label
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -179,10 +178,10 @@ def _refuse_another_budget(path: Path, name: str, own: Mapping[str, Any], budget
 
 
 def _refuse_unknown_label(path: Path, entry: Entry, settings: Settings) -> None:
-    from hllm.pipeline import stages_of
+    from hllm.pipeline import trained_models
 
-    family = settings.model.family
-    known = [f"{family}-{stage}" for stage in stages_of(settings, family)]
+    models = trained_models(settings)
+    known = [one.label for one in models if one.family.name == settings.model.family]
     if entry.label not in known:
         raise ConfigError(
             f"the model {entry.name} has no {entry.label}",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hllm.evaluation.ranking import HeldOut
+from hllm.models.common.ranking import HeldOut
 
 BLOCK = 512
 

@@ -13,9 +13,9 @@ from hllm.comparison import scaling
 from hllm.comparison.result import Result
 from hllm.comparison.table import effort, heading
 from hllm.comparison.work import Pipeline
-from hllm.report.charts import Group, Point, forest
+from hllm.evaluation.names import mark_of
+from hllm.report.charts import STYLES, Group, Point, forest
 
-KINDS = {"hllm": "candidate", "sasrec": "sasrec", "hstu": "champion"}
 FEW_EVENTS = 100
 
 
@@ -97,11 +97,11 @@ def _few(result: Result) -> str:
 
 
 def _charts(result: Result) -> list[Markup]:
-    kinds = {entry.name: KINDS[entry.label.partition("-")[0]] for entry in result.comparison.entries}
+    kinds = {entry.name: STYLES[mark_of(entry.label)] for entry in result.comparison.entries}
     charts = []
     for metric in result.comparison.metrics:
         points = [
-            Point(name, kinds.get(name, "popular"), **figures[str(metric)])
+            Point(name, kinds.get(name, "untrained"), **figures[str(metric)])
             for name, figures in result.figures.found.items()
             if str(metric) in figures
         ]

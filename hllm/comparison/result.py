@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hllm.comparison.figures import Figures, figures, ranked
-from hllm.comparison.file import POPULAR, Comparison, Entry
+from hllm.comparison.file import Comparison, Entry
 from hllm.comparison.scaling import Law, laws
 from hllm.comparison.work import Pipeline
 from hllm.evaluation.metrics import Interval
+from hllm.models.family import untrained
 from hllm.work.costs import MEMORY
 
 
@@ -45,7 +46,7 @@ class Result:
 
 def result_of(comparison: Comparison, found: Sequence[Pipeline]) -> Result:
     settings, ranks = found[0].settings, ranked(comparison, found)
-    names = [*(entry.name for entry in comparison.entries), POPULAR]
+    names = [*(entry.name for entry in comparison.entries), *(each.title for each in untrained())]
     measured = figures(
         comparison.metrics,
         names,

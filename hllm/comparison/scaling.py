@@ -18,10 +18,10 @@ from markupsafe import Markup
 from hllm.comparison.figures import Figures
 from hllm.comparison.file import Comparison, Metric
 from hllm.evaluation.metrics import Interval
-from hllm.evaluation.names import FAMILY_NAMES
-from hllm.report.charts import Curve, power_laws
+from hllm.evaluation.names import mark_of
+from hllm.models.family import TrainedModel
+from hllm.report.charts import STYLES, Curve, power_laws
 
-STYLES = {"HLLM": "candidate", "SASRec": "sasrec", "HSTU": "champion"}
 Floats = npt.NDArray[np.float64]
 
 
@@ -31,6 +31,8 @@ class Law:
 
     metric: Metric
     kind: str
+    style: str
+    """Colour and shape in charts."""
     places: tuple[float, ...]
     values: tuple[Interval, ...]
     factor: float
@@ -63,7 +65,7 @@ def _can_be_fitted(points: Sequence[tuple[float, str]], figures: Figures, metric
 def _law(
     metric: Metric, label: str, points: Sequence[tuple[float, str]], figures: Figures, confidence: float
 ) -> Law:
-    name = str(metric)
+    name, trained = str(metric), TrainedModel.of(label)
     places = np.array([place for place, _ in points])
     values = [figures.found[model][name] for _, model in points]
     factor, exponent = fit(places, np.array([value["value"] for value in values]))
@@ -74,7 +76,8 @@ def _law(
     low, high = np.quantile(exponents, [tail, 1 - tail])
     return Law(
         metric,
-        FAMILY_NAMES[label.partition("-")[0]],
+        trained.family.title if trained else label,
+        STYLES[mark_of(label)],
         tuple(places),
         tuple(values),
         factor,
@@ -104,7 +107,7 @@ def charts(axis: str, found: Sequence[Law]) -> list[Markup]:
         curves = [
             Curve(
                 law.kind,
-                STYLES[law.kind],
+                law.style,
                 law.places,
                 [(value["value"], value["low"], value["high"]) for value in law.values],
                 law.factor,

@@ -76,15 +76,15 @@ def require_file(path: Path, name: str) -> None:
         raise DataError("is an empty file", where=name)
 
 
-def fingerprint_of(location: str) -> str:
-    """What the content of all parts is known by."""
+def fingerprint_of(location: str, memory: Path | None = None) -> str:
+    """What the content of all parts is known by; digests are remembered in the folder `memory`."""
     found = parts(location)
     if not is_s3(location):
         for name in found:
             require_file(Path(name), name)
     if found == [location]:
-        return fingerprint(location)
-    tags = _tags(location) if is_s3(location) else {name: fingerprint(name) for name in found}
+        return fingerprint(location, memory)
+    tags = _tags(location) if is_s3(location) else {name: fingerprint(name, memory) for name in found}
     start = len(location.rstrip("/"))
     said = "".join(f"{name[start:]}\0{tags[name]}\n" for name in found)
     return hashlib.sha256(said.encode("utf-8", "surrogateescape")).hexdigest()

@@ -7,7 +7,7 @@ from hllm.data.histories import number_and_sort, write_events
 from hllm.data.items import write_items
 from hllm.data.splits import write_splits
 from hllm.errors import DataError
-from hllm.pipeline import Context
+from hllm.pipeline import Context, tokenizer_setting
 from hllm.work.artifacts import clear
 
 
@@ -29,12 +29,13 @@ def prepare(context: Context) -> None:
             )
         write_events(db, output, counts["events"])
         held_out = write_splits(db, output, settings)
+    tokenizer = tokenizer_setting(context.settings)
     texts = write_items(
         source / "items.parquet",
         output,
         context.work,
         settings,
-        context.settings.model.item_llm.backbone,
+        context.settings.at(tokenizer) if tokenizer else "",
         held_out.item_train_events,
         context.settings.data.batch_rows,
     )

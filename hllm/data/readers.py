@@ -33,10 +33,11 @@ MOVIELENS_TEXTS = {
 }
 
 
-def source_fingerprints(data: Data) -> dict[str, str]:
-    """What the source's content is known by; part of the key of every output made from it."""
+def source_fingerprints(data: Data, memory: Path | None = None) -> dict[str, str]:
+    """What the source's content is known by; part of the key of every output made from it. Digests are
+    remembered in the folder `memory`."""
     interactions, items = locations(data)
-    return {"interactions": fingerprint_of(interactions), "items": fingerprint_of(items)}
+    return {"interactions": fingerprint_of(interactions, memory), "items": fingerprint_of(items, memory)}
 
 
 def locations(data: Data) -> tuple[str, str]:

@@ -10,17 +10,11 @@ from tabulate import tabulate
 
 from hllm.demo.services import HOST, MLFLOW_PORT
 from hllm.pipeline import keys, pipeline_key
+from hllm.report.figures import models_in_order
 from hllm.settings import Settings
 from hllm.work.artifacts import Store
 from hllm.work.mlflow import page_root
 
-MODELS = {
-    "hllm-2": "HLLM after stage 2",
-    "hllm-1": "HLLM after stage 1",
-    "sasrec-1": "SASRec",
-    "hstu-1": "HSTU",
-    "popular": "most-popular",
-}
 METRICS = ("recall@10", "ndcg@10", "ndcg@50")
 USERS = 3
 
@@ -51,10 +45,9 @@ def comparison(metrics: dict[str, Any]) -> str:
     """The models on the same held-out events, with their intervals."""
     mode = metrics["headline"]
     rows = []
-    for label, name in MODELS.items():
-        if label in metrics["models"]:
-            overall = metrics["models"][label]["overall"][mode]
-            rows.append((name, *(_interval(overall.get(metric)) for metric in METRICS)))
+    for model in models_in_order(metrics, None):
+        overall = model.entry["overall"][mode]
+        rows.append((model.name, *(_interval(overall.get(metric)) for metric in METRICS)))
     about = (
         "items the user already has left out" if mode == "filtered" else "items the user already has included"
     )

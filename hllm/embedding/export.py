@@ -18,8 +18,9 @@ from hllm.embedding.items import ItemVectors
 from hllm.embedding.package import write_package
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError, Terminated
+from hllm.models.family import TrainedModel
 from hllm.models.load import load_user_model
-from hllm.pipeline import Context, embed_name, stages_of, train_name
+from hllm.pipeline import Context, candidate
 from hllm.work.progress import Progress
 from hllm.work.ranks import any_of, device, place
 
@@ -31,10 +32,10 @@ ROW_GROUP = 50_000
 def export(context: Context) -> None:
     """Step: items.parquet, users-00000.parquet ... and package/. A finished user shard is never computed
     again."""
-    settings, family = context.settings, context.settings.model.family
+    settings, main = context.settings, candidate(context.settings)
     prepared = Prepared.open(context.inputs["prepare"])
-    train = context.inputs[train_name(family, stages_of(settings, family)[-1])]
-    item_vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
+    train = context.inputs[main.train_step]
+    item_vectors = ItemVectors.open(context.inputs[TrainedModel(main.family, 1).embed_step]).matrix()
     ids = prepared.item_table(["item_id"])["item_id"]
     if len(ids) != len(item_vectors):
         raise DataError(
@@ -57,8 +58,8 @@ def export(context: Context) -> None:
     context.rows = {"items": prepared.items, "users": users}
     context.facts = {
         "width": item_vectors.shape[1],
-        "family": family,
-        "objective": context.settings.model.objective if family == "hllm" else "generative",
+        "family": main.family.name,
+        "objective": main.family.learns(settings),
         "as_of": datetime.fromtimestamp(newest, UTC).isoformat(),
     }
 

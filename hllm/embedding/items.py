@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,6 @@ import torch
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
 from hllm.models.common.packing import device_of, inference_precision
-from hllm.models.items import IdItems, TextItems
 from hllm.models.load import load_item_model
 from hllm.pipeline import Context
 from hllm.work.progress import Progress
@@ -78,7 +78,7 @@ def embed_items(context: Context) -> None:
 
 
 def encoded(
-    model: TextItems | IdItems,
+    model: Any,
     prepared: Prepared,
     start: int,
     end: int,
@@ -102,11 +102,11 @@ def encoded(
 
 
 def batches_by_tokens(
-    prepared: Prepared, start: int, end: int, tokens_per_batch: int, model: object
+    prepared: Prepared, start: int, end: int, tokens_per_batch: int, model: Any
 ) -> list[npt.NDArray[np.int64]]:
     """Items [start, end) in batches of about as many tokens, texts of similar length together."""
     items = np.arange(start, end)
-    if isinstance(model, IdItems):
+    if not model.reads_texts:
         return [items]
     lengths = np.diff(np.asarray(prepared.token_offsets[start : end + 1])) + 1
     order = np.argsort(lengths, kind="stable")

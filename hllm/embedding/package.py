@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hllm.errors import ConfigError
+from hllm.models.family import family
 from hllm.work.artifacts import clear, write_atomically
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ class Package:
     @property
     def reads_times(self) -> bool:
         """Whether it matters to the model when things happened."""
-        features = self.shape.get("user_features") or {}
-        return self.family == "hstu" or bool(features.get("time"))
+        asked = getattr(family(self.family).module, "reads_times", None)
+        return bool(asked and asked(self.shape))
 
     def user_vectors(
         self,
@@ -159,7 +160,7 @@ class Package:
             raise ConfigError(
                 "was trained generatively: it ranks items, and has no probability of an item",
                 where=f"model {self.folder}",
-                remedy='Train with model.objective = "early_fusion" or "late_fusion".',
+                remedy="Train with an objective that judges candidates (hllm.objective).",
             )
         from hllm.embedding.scores import scores_of_candidates
 

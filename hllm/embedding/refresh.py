@@ -23,6 +23,7 @@ from hllm.embedding.export import ROW_GROUP, vector_column
 from hllm.embedding.histories import Histories
 from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError
+from hllm.pipeline import tokenizer_setting
 from hllm.settings import Settings
 from hllm.work.progress import Progress
 from hllm.work.ranks import device
@@ -47,7 +48,8 @@ def encode_changed_items(
         return 0
     texts = work / "texts"
     texts.mkdir(exist_ok=True)
-    backbone = settings.model.item_llm.backbone
+    tokenizer = tokenizer_setting(settings)
+    backbone = settings.at(tokenizer) if tokenizer else ""
     no_events = np.zeros(changed, np.int64)
     rows = settings.data.batch_rows
     write_items(work / "changed.parquet", texts, work, settings.prepare, backbone, no_events, rows)

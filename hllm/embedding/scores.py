@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ import torch
 from hllm.data.prepared import Prepared
 from hllm.embedding.histories import Floats, Histories, Ints, packed_histories
 from hllm.models.common.packing import inference_precision, on_device, ragged
-from hllm.models.users import DecoderUser
 from hllm.work.ranks import place, total
 
 CANDIDATES_AT_ONCE = 4_096
@@ -25,7 +25,7 @@ def judges(model: object) -> bool:
 
 
 def held_out_scores(
-    model: DecoderUser,
+    model: Any,
     item_vectors_ID: Floats,
     prepared: Prepared,
     users_R: Ints,
@@ -45,7 +45,7 @@ def held_out_scores(
 
 
 def scores_of_candidates(
-    model: DecoderUser,
+    model: Any,
     item_vectors_ID: Floats,
     histories: Histories,
     candidates_P: Ints,

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
-from hllm.evaluation.ranking import HeldOut, Ranks, rank_by_vectors
+from hllm.models.common.ranking import HeldOut, Ranks, rank_by_vectors
 from hllm.settings import Settings
 
 

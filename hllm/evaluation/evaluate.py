@@ -4,10 +4,9 @@ discriminative models also how well they tell what users liked."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -21,29 +20,23 @@ from hllm.evaluation.labelled import (
     measure_champion,
     measure_labelled,
     read_scores,
-    simple_scores,
+    untrained_scores,
     write_scores,
 )
 from hllm.evaluation.measure import PART, compare, entry, measure
 from hllm.evaluation.rank_table import rank_table, read_ranks, write_ranks
-from hllm.evaluation.ranking import (
+from hllm.evaluation.segments import segments
+from hllm.models.common.ranking import (
     Floats,
     HeldOut,
-    rank_by_popularity,
     rank_by_vectors,
-    training_counts,
 )
-from hllm.evaluation.segments import segments
-from hllm.pipeline import Context, stages_of
+from hllm.models.family import TrainedModel, untrained
+from hllm.pipeline import Context, candidate
 from hllm.settings import Settings
 from hllm.work.artifacts import write_atomically
 from hllm.work.progress import Progress
 from hllm.work.ranks import device, place
-
-if TYPE_CHECKING:
-    from hllm.models.users import DecoderUser
-
-POPULAR = "popular"
 
 
 def evaluate(context: Context) -> None:
@@ -57,26 +50,26 @@ def evaluate(context: Context) -> None:
             remedy="leave_one_out needs users with at least 3 events; a temporal split needs events of known "
             "users from prepare.test_from on.",
         )
-    candidate = candidate_label(settings)
-    ranks = {POPULAR: rank_by_popularity(training_counts(prepared), held_out)}
+    registered = candidate(settings).label
+    ranks = {each.name: each.module.ranks(settings, prepared, held_out) for each in untrained()}
     judging = learns_likes(settings)
     rows = labelled_rows(prepared, held_out)
     judged = held_out.take(rows)
-    scores = simple_scores(prepared, judged) if judging else {}
+    scores = untrained_scores(settings, prepared, judged) if judging else {}
     for label in trained_labels(context.inputs):
         users_RD, items_ID = held_out_vectors(context, label, prepared, held_out)
         if judging:
             scores[label] = labelled_scores(context, label, prepared, judged, users_RD[rows], items_ID)
         with Progress(f"rank {label}", len(held_out), "event") as progress:
             ranks[label] = rank_by_vectors(users_RD, items_ID, held_out, label, advance=progress.advance)
-        if label == candidate and place().first:
+        if label == registered and place().first:
             shown = examples(settings, prepared, held_out, ranks[label], users_RD, items_ID)
             _write_json(context.output / "examples.json", shown)
     if not place().first:
         return
-    metrics = measure(settings, prepared, held_out, ranks, candidate)
+    metrics = measure(settings, prepared, held_out, ranks, registered)
     if judging:
-        metrics["labelled"] = measure_labelled(settings, prepared, judged, scores, candidate)
+        metrics["labelled"] = measure_labelled(settings, prepared, judged, scores, registered)
         write_scores(context.output / "labelled.parquet", judged, scores)
     _write_json(context.output / "metrics.json", metrics)
     write_ranks(context.output / "ranks.parquet", held_out, ranks)
@@ -85,17 +78,12 @@ def evaluate(context: Context) -> None:
 
 def learns_likes(settings: Settings) -> bool:
     """Whether the registered model is a discriminative one."""
-    return settings.model.family == "hllm" and settings.model.objective != "generative"
-
-
-def candidate_label(settings: Settings) -> str:
-    """The model that is registered: the family's last stage."""
-    return f"{settings.model.family}-{stages_of(settings, settings.model.family)[-1]}"
+    return candidate(settings).family.learns(settings) != "generative"
 
 
 def trained_labels(inputs: Mapping[str, Path]) -> list[str]:
-    """hllm-1, hllm-2, sasrec-1: what `train-...` inputs there are."""
-    return [found[1] for name in inputs if (found := re.fullmatch(r"train-(\w+-\d+)", name))]
+    """What `train-...` inputs there are."""
+    return [name.removeprefix("train-") for name in inputs if name.startswith("train-")]
 
 
 def held_out_vectors(
@@ -106,8 +94,9 @@ def held_out_vectors(
     from hllm.embedding.users import held_out_user_vectors
     from hllm.models.load import load_user_model
 
-    family = label.rpartition("-")[0]
-    items_ID = ItemVectors.open(context.inputs[f"embed-{family}-1"]).matrix()
+    trained = TrainedModel.of(label)
+    assert trained  # noqa: S101 - the label of an input
+    items_ID = ItemVectors.open(context.inputs[TrainedModel(trained.family, 1).embed_step]).matrix()
     model = load_user_model(context.inputs[f"train-{label}"]).to(device())
     embed = context.settings.embed
     with Progress(f"encode {label}", len(held_out), "event") as progress:
@@ -138,7 +127,7 @@ def labelled_scores(
         return cosines(users_RD, items_ID, judged)
     with Progress(f"judge {label}", len(judged), "event") as progress:
         return held_out_scores(
-            cast("DecoderUser", model),
+            model,
             items_ID,
             prepared,
             judged.users_R,
@@ -165,13 +154,13 @@ def evaluate_package(
     parts = segments(prepared, held_out, settings.evaluation)
     found = entry(settings, held_out, parts, ranks)
     if candidate_folder is not None:
-        mine = read_ranks(candidate_folder / "ranks.parquet", candidate_label(settings), held_out)
+        mine = read_ranks(candidate_folder / "ranks.parquet", candidate(settings).label, held_out)
         found["comparison"] = compare(settings, held_out, parts, mine, ranks)
     if learns_likes(settings):
         judged = held_out.take(labelled_rows(prepared, held_out))
         theirs, ours = score_package(prepared, package, settings, judged), None
         if candidate_folder is not None:
-            ours = read_scores(candidate_folder / "labelled.parquet", candidate_label(settings), judged)
+            ours = read_scores(candidate_folder / "labelled.parquet", candidate(settings).label, judged)
         found["labelled"] = measure_champion(settings, prepared, judged, theirs, ours)
     return found, rank_table("champion", held_out, ranks)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hllm.data.prepared import Prepared
-from hllm.evaluation.ranking import Floats, HeldOut, Ranks
+from hllm.models.common.ranking import Floats, HeldOut, Ranks
 from hllm.settings import Settings
 
 SHOWN = 5

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hllm.errors import ConfigError, DataError
-from hllm.evaluation.names import metric_name, model_name
+from hllm.evaluation.names import CHAMPION, in_sentence, metric_name, model_name
+from hllm.models.family import TrainedModel, families
 from hllm.settings import Settings
 
-NAMES = {"popular": "most-popular", "sasrec-1": "SASRec", "champion": "the champion"}
+AGAIN = "Run `hllm evaluate` again."
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Verdict:
 
 
 def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str, Any] | None) -> Verdict:
-    """Compare the candidate with most-popular, SASRec and the champion.
+    """Compare the candidate with every other family that was evaluated, and with the champion.
 
     Raises:
         ConfigError: `gate.metric` is none of the metrics that were evaluated, or a baseline that the gate
@@ -44,31 +45,32 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
     mine = _value(figures.get(candidate), candidate, gate.metric)
     if not math.isfinite(mine):
         raise DataError(f"{gate.metric} of {candidate} is not a finite number", where="gate")
-    thresholds = {
-        "popular": gate.min_vs_popular,
-        "sasrec-1": gate.min_vs_sasrec,
-        "champion": gate.min_vs_champion,
-    }
     rules = []
-    for label, threshold in thresholds.items():
-        if label == candidate:
-            rules.append(
-                Rule(label, "reported", f"{NAMES[label]} is the candidate itself: nothing to compare")
-            )
-        elif label == "champion" and champion is None:
-            rules.append(Rule(label, "reported", "there is no champion yet: nothing to compare"))
-        elif label == "sasrec-1" and "sasrec" not in settings.model.baselines:
+    own = TrainedModel.of(candidate)
+    for name in families():
+        label, threshold = _label(name, metrics), gate.min_vs.get(name, 0.0)
+        if own and own.family.name == name:
             if threshold:
-                raise ConfigError(
-                    "asks for a comparison with SASRec, which is not among model.baselines",
-                    where="gate.min_vs_sasrec",
-                    remedy='Add "sasrec" to model.baselines, or set gate.min_vs_sasrec = 0.',
-                )
-            rules.append(Rule(label, "reported", "SASRec was not trained beside it: nothing to compare"))
-        else:
+                rules.append(Rule(candidate, "reported", f"{own.family.title} is the candidate itself"))
+            continue
+        if label is None and name in settings.model.baselines:
+            raise DataError(f"{name} has not been evaluated", where="gate", remedy=AGAIN)
+        if label is None and threshold:
+            raise ConfigError(
+                f"asks for a comparison with {families()[name].title}, which was not evaluated",
+                where=f"gate.min_vs.{name}",
+                remedy=f'Add "{name}" to model.baselines, or set gate.min_vs.{name} = 0.',
+            )
+        if label is not None:
             other = _value(figures.get(label), label, gate.metric)
             gap = _gap(comparisons.get(label), metrics, gate.metric)
             rules.append(_rule(label, threshold, mine, other, gate.metric, gap))
+    if champion is None:
+        rules.append(Rule(CHAMPION, "reported", "there is no champion yet: nothing to compare"))
+    else:
+        other = _value(figures.get(CHAMPION), CHAMPION, gate.metric)
+        gap = _gap(comparisons.get(CHAMPION), metrics, gate.metric)
+        rules.append(_rule(CHAMPION, gate.min_vs_champion, mine, other, gate.metric, gap))
     passed = all(rule.outcome != "failed" for rule in rules)
     return Verdict(
         passed,
@@ -78,8 +80,14 @@ def judge(settings: Settings, metrics: Mapping[str, Any], champion: Mapping[str,
     )
 
 
+def _label(name: str, metrics: Mapping[str, Any]) -> str | None:
+    """The evaluated model of a family: its last stage; None where it was not evaluated."""
+    labels = [label for label in metrics["models"] if name in (label, label.rpartition("-")[0])]
+    return max(labels, default=None)
+
+
 def _rule(label: str, threshold: float, mine: float, other: float, metric: str, gap: str) -> Rule:
-    name, shown = NAMES[label], metric_name(metric)
+    name, shown = name_of(label), metric_name(metric)
     if not threshold:
         return Rule(label, "reported", f"{shown} {mine:.4f}, {name} {other:.4f}{gap}: reported, not required")
     required = threshold * other
@@ -126,7 +134,7 @@ def _with_labelled(
 
 def _value(figures: Mapping[str, Any] | None, label: str, metric: str) -> float:
     if figures is None:
-        raise DataError(f"{label} has not been evaluated", where="gate", remedy="Run `hllm evaluate` again.")
+        raise DataError(f"{label} has not been evaluated", where="gate", remedy=AGAIN)
     if metric not in figures:
         raise ConfigError(
             f"{metric} is not among the evaluated metrics",
@@ -144,5 +152,9 @@ def _headline(passed: bool, rules: list[Rule], mine: float, metric: str, metrics
     measured = f"{metric_name(metric)} {mine:.4f} on {events}"
     if passed:
         return f"{name} passed the gate: {measured}"
-    against = " and ".join(NAMES[rule.against] for rule in rules if rule.outcome == "failed")
+    against = " and ".join(name_of(rule.against) for rule in rules if rule.outcome == "failed")
     return f"{name} failed the gate against {against}: {measured}"
+
+
+def name_of(label: str) -> str:
+    return "the champion" if label == CHAMPION else in_sentence(label)

@@ -17,10 +17,11 @@ import numpy.typing as npt
 from hllm.data.prepared import Prepared
 from hllm.errors import DataError
 from hllm.evaluation.auc import Aucs, aucs, intervals, less
-from hllm.evaluation.ranking import Floats, HeldOut, exact_scores, training_counts
+from hllm.evaluation.names import ITEM_RATE
+from hllm.models.common.ranking import Floats, HeldOut, exact_scores
+from hllm.models.family import untrained
 from hllm.settings import Settings
 
-ITEM_RATE = "item-rate"
 PRIOR_EVENTS = 5
 """An item's share of liked events starts as if this many had the catalogue's share."""
 
@@ -32,12 +33,16 @@ def labelled_rows(prepared: Prepared, held_out: HeldOut) -> npt.NDArray[np.int64
     return np.flatnonzero(np.asarray(prepared.event_labels)[held_out.positions_R] >= 0)
 
 
-def simple_scores(prepared: Prepared, held_out: HeldOut) -> dict[str, npt.NDArray[np.float64]]:
-    """What the items alone say: how popular they are, and how often they were liked."""
-    return {
-        "popular": training_counts(prepared)[held_out.targets_R].astype(np.float64),
-        ITEM_RATE: item_rates(prepared)[held_out.targets_R],
+def untrained_scores(
+    settings: Settings, prepared: Prepared, held_out: HeldOut
+) -> dict[str, npt.NDArray[np.float64]]:
+    """What is known without training: the scores of untrained families, and how often an item was liked."""
+    found = {
+        each.name: each.module.scores(settings, prepared, held_out)
+        for each in untrained()
+        if hasattr(each.module, "scores")
     }
+    return found | {ITEM_RATE: item_rates(prepared)[held_out.targets_R]}
 
 
 def item_rates(prepared: Prepared) -> npt.NDArray[np.float64]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from hllm.data.prepared import Prepared
 from hllm.evaluation.metrics import compare_ranks, evaluate_ranks
-from hllm.evaluation.ranking import HeldOut, Ranks
 from hllm.evaluation.segments import segments
+from hllm.models.common.ranking import HeldOut, Ranks
 from hllm.settings import Settings
 
 PART = "test"

@@ -1,22 +1,37 @@
-"""How models and metrics are called in front of people."""
+"""Display names of models and metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hllm.pipeline import FAMILIES
+from hllm.models.family import TrainedModel, families
 
-FAMILY_NAMES = {"hllm": "HLLM", "sasrec": "SASRec", "hstu": "HSTU"}
+CHAMPION, ITEM_RATE = "champion", "item-rate"
+FIXED = {CHAMPION: "Champion", ITEM_RATE: "Share of likes of the item"}
+"""Rows of a table that are no model of these settings."""
 
 
 def model_name(label: str) -> str:
     """`hllm-2` -> `HLLM stage 2`; a family with one stage does not number it."""
-    fixed = {"popular": "Most popular", "champion": "Champion", "item-rate": "Share of likes of the item"}
-    if label in fixed:
-        return fixed[label]
-    family, _, stage = label.rpartition("-")
-    name = FAMILY_NAMES.get(family, family)
-    return f"{name} stage {stage}" if len(FAMILIES.get(family, ())) > 1 else name
+    if label in FIXED:
+        return FIXED[label]
+    trained = TrainedModel.of(label)
+    if trained:
+        return trained.title
+    return families()[label].title if label in families() else label
+
+
+def in_sentence(label: str) -> str:
+    """A model's name where it does not begin a sentence: untrained models are no proper names."""
+    name = model_name(label)
+    return name if TrainedModel.of(label) else name[0].lower() + name[1:]
+
+
+def mark_of(label: str) -> str:
+    """The shape of a model in charts."""
+    trained = TrainedModel.of(label)
+    family = trained.family if trained else families().get(label)
+    return family.mark if family else "square"
 
 
 def ranking_metric(metric: str, cutoffs: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hllm.errors import DataError
-from hllm.evaluation.ranking import HeldOut, Ranks
+from hllm.models.common.ranking import HeldOut, Ranks
 
 
 def rank_table(label: str, held_out: HeldOut, ranks: Ranks):  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hllm.data.prepared import Prepared
-from hllm.evaluation.ranking import HeldOut, training_counts
+from hllm.models.common.ranking import HeldOut, training_counts
 from hllm.settings import Evaluation
 
 NAMES = ("cold", "long_tail", "other")

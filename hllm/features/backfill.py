@@ -55,7 +55,7 @@ def backfill(settings: Settings, first: str, last: str, *, inside_training: bool
             "no version serves: there is nothing to back-fill", where=settings.mlflow.model_name
         )
     days = list(_days(first, last))
-    export = export_of(info.tags["export"])
+    export = export_of(settings, info)
     with service_errors(settings), writing(settings, info, export):
         trained_until = _trained_until(settings, info)
         leaking = [day for day in days if _end(day) <= trained_until]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from hllm.errors import DataError
-from hllm.work.artifacts import Manifest, digest_file
+from hllm.work.artifacts import Manifest
 
 UNIT = 1e-3
 """How far from 1 the length of a unit vector may be after float32 rounding."""
@@ -159,23 +159,6 @@ class Export(Vectors):
                     remedy="Files of it were lost: delete the folder and run `hllm embed --stage 3` again.",
                 )
         return export
-
-    def require_untouched(self) -> None:
-        """Every file still has the content that the manifest names.
-
-        Raises:
-            DataError: one has not: a disk or a hand changed it.
-        """
-        paths = [path for entity in ENTITIES for path in self.files(entity)]
-        damaged = [path.name for path in paths if self.manifest.files.get(path.name) != digest_file(path)]
-        if damaged:
-            raise DataError(
-                "files are not what was exported: their digests differ from the manifest's",
-                where=self.folder,
-                count=(len(damaged), len(paths)),
-                examples=damaged,
-                remedy="None of it is published. Delete the folder and run `hllm embed --stage 3` again.",
-            )
 
 
 def _open(file: Path) -> parquet.ParquetFile:

@@ -82,7 +82,7 @@ class Watched:
 
     @cached_property
     def export(self) -> Export:
-        return export_of(self.info.tags["export"])
+        return export_of(self.settings, self.info)
 
     def looks(self) -> Iterator[Look]:
         yield from self.freshness()

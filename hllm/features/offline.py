@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,10 @@ from hllm.settings import Settings
 from hllm.work.objects import delete_objects, is_s3, list_objects, open_object, upload
 
 BATCH_ROWS = 20_000
+
+_PART = re.compile(r"(?:[a-z]+-[\w-]+\.)?parquet")
+"""What stands behind the view's name in the file of its publication or of a refresh: nothing else is
+removed."""
 
 
 def write_offline(
@@ -97,10 +102,16 @@ def remove_offline(settings: Settings, entity: Entity, version: int) -> int:
     pattern = offline_source(settings, entity, version)
     prefix = pattern.removesuffix("*parquet")
     if is_s3(pattern):
-        found = [place for place in list_objects(prefix) if place.endswith("parquet")]
+        found = [place for place in list_objects(prefix) if _PART.fullmatch(place.removeprefix(prefix))]
         delete_objects(found)
         return len(found)
-    paths = [path for path in Path(prefix).parent.glob(Path(prefix).name + "*parquet")]
+    folder, start = Path(prefix).parent, Path(prefix).name
+    names = os.listdir(folder) if folder.is_dir() else []
+    paths = [
+        folder / name
+        for name in names
+        if name.startswith(start) and _PART.fullmatch(name.removeprefix(start))
+    ]
     for path in paths:
         path.unlink()
     return len(paths)

@@ -70,7 +70,7 @@ def publish(settings: Settings, version: str | None = None) -> None:
 
     info = registered_version(settings, version)
     outputs, key = Store(settings.run.root), f"v{info.version}"
-    export = export_of(info.tags["export"])
+    export = export_of(settings, info, again=True)
     with (
         service_errors(settings),
         outputs.lock(STEP, key),
@@ -88,7 +88,6 @@ def publish(settings: Settings, version: str | None = None) -> None:
         if serving and serving.version == info.version:
             raise _serves_elsewhere(settings, info, done is not None, bool(same))
         (folder / MANIFEST).unlink(missing_ok=True)
-        export.require_untouched()
         require_room_for(settings, export, info.version)
         set_tags(settings, info.version, {"publication": "publishing"})
         with version_run(settings, info, STEP, settings.feast.model_dump(mode="json")) as tracker:
@@ -147,10 +146,10 @@ def require_published_here(settings: Settings, info: VersionInfo, export: Export
         )
 
 
-def export_of(location: str) -> Export:
-    """The export behind a version, fetched if it lives in S3."""
-    root, step, key = location.rstrip("/").rsplit("/", 2)
-    return Export.open(Store(root).fetch(step, key))
+def export_of(settings: Settings, info: VersionInfo, again: bool = False) -> Export:
+    """The export behind a version, fetched if it lives in S3. `again`: all of its bytes are read and compared
+    with their digests, whatever is remembered of them."""
+    return Export.open(Store(settings.run.root).fetch(*info.output(settings), again=again))
 
 
 def identity(settings: Settings, export: Export) -> str:

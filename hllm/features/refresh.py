@@ -34,6 +34,8 @@ from hllm.features.refreshed import STEP, refreshed
 from hllm.features.store import open_store, registry_lock, service_errors
 from hllm.features.stores.s3_files import as_feast_reads
 from hllm.features.views import offline_source, view_name, views_of
+from hllm.models.family import TrainedModel, family
+from hllm.pipeline import tokenizer_setting
 from hllm.settings import Settings
 from hllm.work.artifacts import (
     WORK,
@@ -56,7 +58,6 @@ UNCHANGED_TAG = "items_unchanged_at"
 """Of a version: when a look at the catalogue last found nothing new; no refresh is recorded then."""
 Kind = Literal["users", "items"]
 TEXTS = ("prepare.prompt", "prepare.fields", "prepare.field_template", "prepare.field_separator")
-TOKENS = ("prepare.max_tokens", "model.item_llm.backbone")
 
 
 def refresh(settings: Settings, kind: Kind, *, until: str = "") -> None:
@@ -89,7 +90,7 @@ def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime)
     from hllm.registry.versions import set_tags
     from hllm.work.tracking import version_run
 
-    export, outputs = export_of(info.tags["export"]), Store(settings.run.root)
+    export, outputs = export_of(settings, info), Store(settings.run.root)
     with service_errors(settings), writing(settings, info, export) as still_here:
         work = Refresh(settings, info, export, kind, outputs, still_here)
         work.finish_leftover()
@@ -228,18 +229,20 @@ class Refresh:
         from hllm.embedding.refresh import encode_changed_items
         from hllm.registry.outputs import output_of, require_same_settings
 
-        family = self.info.tags.get("family", "hllm")
-        if family != "hllm":
-            typer.echo(f"refresh: {family} knows items by their ids, not by texts: new ones have no vector")
+        name = self.info.tags.get("family") or self.settings.model.family
+        if "texts" not in family(name).reads:
+            typer.echo(f"refresh: {name} knows items by their ids, not by texts: new ones have no vector")
             return
-        require_same_settings(self.settings, self.info, (*TEXTS, *TOKENS))
+        require_same_settings(
+            self.settings, self.info, (*TEXTS, "prepare.max_tokens", tokenizer_setting(self.settings))
+        )
         known = [output_of(self.settings, self.info, "prepare") / "items.parquet"]
         known += [one.folder / "items.parquet" for one in self.before if one.kind == "items" and one.entities]
         encode_changed_items(
             self.settings,
             self._fetch() / "items.parquet",
             known,
-            output_of(self.settings, self.info, f"train-{family}-1"),
+            output_of(self.settings, self.info, TrainedModel(family(name), 1).train_step),
             self.folder,
             self.folder / WORK,
         )

@@ -55,9 +55,8 @@ def verify(settings: Settings, version: str | None = None) -> None:
             where=f"{settings.mlflow.model_name} version {info.version}",
             remedy=f"Run `hllm publish --version {info.version}` first.",
         )
-    export = export_of(info.tags["export"])
+    export = export_of(settings, info, again=True)
     require_published_here(settings, info, export)
-    export.require_untouched()
     with (
         service_errors(settings),
         version_run(settings, info, "verify", settings.feast.model_dump(mode="json")) as tracker,

@@ -24,8 +24,9 @@ from hllm.data.prepared import Prepared
 from hllm.embedding.items import ItemVectors
 from hllm.errors import DataError
 from hllm.evaluation.ranker import measure, tables
+from hllm.models.family import TrainedModel
 from hllm.models.load import load_user_model
-from hllm.pipeline import Context, embed_name, stages_of, train_name
+from hllm.pipeline import Context, candidate
 from hllm.ranker.encoding import Encoding
 from hllm.ranker.features import Features, read_offline, read_online
 from hllm.ranker.fit import fit
@@ -92,10 +93,10 @@ def rank(context: Context) -> None:
 
 
 def frozen_vectors(context: Context) -> Vectors:
-    settings, family = context.settings, context.settings.model.family
+    settings, main = context.settings, candidate(context.settings)
     return Vectors(
-        load_user_model(context.inputs[train_name(family, stages_of(settings, family)[-1])]).to(device()),
-        np.asarray(ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()),
+        load_user_model(context.inputs[main.train_step]).to(device()),
+        np.asarray(ItemVectors.open(context.inputs[TrainedModel(main.family, 1).embed_step]).matrix()),
         settings.embed.max_history,
         settings.embed.users_per_batch,
     )

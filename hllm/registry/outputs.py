@@ -4,15 +4,16 @@ ones pipelines at work may still read."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hllm.errors import ConfigError, DataError
-from hllm.registry.versions import VersionInfo
+from hllm.registry.versions import OUTPUT_NAME, VersionInfo, place_of
 from hllm.settings import Settings
+from hllm.settings.keys import renamed
 from hllm.work import mlflow as server
 from hllm.work.artifacts import Store
 from hllm.work.objects import list_objects, read_object
@@ -37,8 +38,13 @@ def output_of(settings: Settings, info: VersionInfo, step: str) -> Path:
     key = run.data.tags.get(f"{OUTPUT_TAG}{step}")
     if key is None:
         raise DataError(f"has no record of its step {step}", where=f"{info.model} version {info.version}")
-    root = info.tags["export"].rstrip("/").rsplit("/", 2)[0]
-    return Store(root).fetch(step, key)
+    info.output(settings)  # of these settings' root, or of no use
+    if not OUTPUT_NAME.fullmatch(key):
+        raise DataError(
+            f"its record of the step {step} is no key: {key[:100]!r}",
+            where=f"{info.model} version {info.version}",
+        )
+    return Store(settings.run.root).fetch(step, key)
 
 
 def require_same_settings(settings: Settings, info: VersionInfo, names: Iterable[str]) -> None:
@@ -49,16 +55,32 @@ def require_same_settings(settings: Settings, info: VersionInfo, names: Iterable
     """
     with server.mlflow_errors(settings):
         recorded = server.client(settings).get_run(info.run_id).data.params
+    recorded = _in_todays_names(recorded)
     for dotted in names:
         value = settings.at(dotted)
         value = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
         for name, said in flatten({dotted: value}).items():
             was = recorded.get(metric_name(name))
-            if was is not None and was != text(said):
+            if was is None:
+                raise DataError(
+                    f"there is no record of the {name} it was trained with",
+                    where=f"{info.model} version {info.version}, run {info.run_id}",
+                    remedy="It was registered by another release: train and register it again.",
+                )
+            if was != text(said):
                 raise ConfigError(
                     f"{name} is {said}, version {info.version} of {info.model} was trained with {was}",
                     remedy="Its model reads texts as in its training: use the settings file of that version.",
                 )
+
+
+def _in_todays_names(recorded: Mapping[str, str]) -> dict[str, str]:
+    """Recorded settings, also by what they are called now: earlier releases had other names."""
+    found = dict(recorded)
+    for name, value in recorded.items():
+        for now in renamed(name):
+            found.setdefault(metric_name(now), value)
+    return found
 
 
 def outputs_of_versions(settings: Settings) -> set[Output]:
@@ -102,11 +124,11 @@ def require_known(settings: Settings, outputs: Collection[Output]) -> None:
     Raises:
         ConfigError: none has.
     """
-    client, place = server.client(settings), _place(settings.run.root)
+    client, place = server.client(settings), place_of(settings.run.root)
     with server.mlflow_errors(settings):
         experiments = [each.experiment_id for each in _all(client.search_experiments)]
         for run in _all(partial(client.search_runs, experiments, "tags.`hllm.root` LIKE '%'")):
-            if _place(run.data.tags["hllm.root"]) == place and not _outputs(run).isdisjoint(outputs):
+            if place_of(run.data.tags["hllm.root"]) == place and not _outputs(run).isdisjoint(outputs):
                 return
     raise ConfigError(
         f"no pipeline in it has made any of the outputs in {settings.run.root}",
@@ -114,11 +136,6 @@ def require_known(settings: Settings, outputs: Collection[Output]) -> None:
         remedy="Name the MLflow that your pipelines use: MLFLOW_TRACKING_URI, or mlflow.tracking_uri. "
         "Pipelines of earlier releases do not count: if it is the right one, run one anew first.",
     )
-
-
-def _place(root: str) -> str:
-    store = Store(root)
-    return store.root if store.remote else str(store.local.resolve())
 
 
 def outputs_at_work(settings: Settings, since: datetime) -> set[Output]:

@@ -87,9 +87,7 @@ def reject(
         say(f"reject: {_name(chosen)} was rejected already; nothing changed")
     else:
         versions.set_tags(settings, chosen.version, audit)
-        say(
-            f"rejected: {_name(chosen)}, decided by {audit['decided_by']} at {audit['decided_at']}: {note}"
-        )
+        say(f"rejected: {_name(chosen)}, decided by {audit['decided_by']} at {audit['decided_at']}: {note}")
     _drop_candidate(settings, chosen)
     return versions.registered_version(settings, str(chosen.version))
 

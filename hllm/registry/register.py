@@ -18,7 +18,8 @@ import typer
 
 import hllm
 from hllm.errors import GateError
-from hllm.pipeline import embed_name, keys, limit_threads, pipeline_key, settings_of, steps
+from hllm.models.family import family
+from hllm.pipeline import export_step, keys, limit_threads, pipeline_key, settings_of, steps
 from hllm.registry import versions
 from hllm.registry.versions import CANDIDATE, VersionInfo
 from hllm.report.description import describe
@@ -98,9 +99,9 @@ def register(settings: Settings) -> Registered:
 
 def _finished(settings: Settings, store: Store, pipeline: str) -> Finished:
     all_keys = keys(settings)
-    folders = {name: store.fetch(name, all_keys[name]) for name in steps(settings)}
+    folders = {name: store.fetch(name, all_keys[name], again=True) for name in steps(settings)}
     manifests = {name: manifest for name, folder in folders.items() if (manifest := Manifest.read(folder))}
-    return Finished(pipeline, all_keys, manifests, folders, embed_name(settings.model.family, 3))
+    return Finished(pipeline, all_keys, manifests, folders, export_step(family(settings.model.family)))
 
 
 def _judge_and_register(
@@ -253,8 +254,8 @@ def _ranking(settings: Settings, finished: Finished, serving: VersionInfo | None
 
     champion, location = None, serving.tags.get("ranking", "") if serving else ""
     if serving and location and serving.tags.get("pipeline") != finished.pipeline:
-        root, step, key = location.rsplit("/", 2)
-        other = Store(root)
+        step, key = serving.output(settings, "ranking")
+        other = Store(settings.run.root)
         if other.manifest(step, key) is not None:  # somebody may have cleared old outputs
             champion = (serving.version, other.fetch(step, key))
     return ranking_of(settings, finished.folders["rank"], champion)
@@ -328,7 +329,7 @@ def _keep_record(settings: Settings, store: Store, info: VersionInfo) -> None:
         "version": info.version,
         "run_id": info.run_id,
         "report": info.tags["report"],
-        "export": {"step": info.export_step, "key": info.export_key},
+        "export": dict(zip(("step", "key"), info.output(settings), strict=True)),
     }
     folder = store.folder(STEP, info.tags["pipeline"])
     write_atomically(folder / "registered.json", json.dumps(record, indent=1).encode())

@@ -11,6 +11,7 @@ happened. The tag `feast.feature_service` exists on verified versions only, so F
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hllm.errors import ConfigError, InfraError
+from hllm.errors import ConfigError, DataError, InfraError
 from hllm.settings import Settings
 from hllm.work import mlflow as server
 from hllm.work.artifacts import Store
 from hllm.work.objects import is_s3
 
+OUTPUT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 CANDIDATE, CHAMPION = "candidate", "champion"
 VERIFIED = "verified"
 PUBLISHING = ("publishing", "published", VERIFIED)
@@ -49,17 +51,40 @@ class VersionInfo:
     def verified(self) -> bool:
         return self.tags.get("publication") == VERIFIED
 
-    @property
-    def export_step(self) -> str:
-        return self.tags["export"].rstrip("/").split("/")[-2]
+    def output(self, settings: Settings, tag: str = "export") -> tuple[str, str]:
+        """(step, key) of the output that a tag names. A tag can be written by anybody: it is believed only of
+        an output under `run.root`.
 
-    @property
-    def export_key(self) -> str:
-        return self.tags["export"].rstrip("/").split("/")[-1]
+        Raises:
+            DataError: it names no output.
+            ConfigError: it names one under another root.
+        """
+        said = self.tags.get(tag, "")
+        root, step, key = ["", "", *said.rstrip("/").rsplit("/", 2)][-3:]
+        where = f"{self.model} version {self.version}"
+        if not root or not all(OUTPUT_NAME.fullmatch(part) for part in (step, key)):
+            raise DataError(
+                f"its tag {tag} names no output: {said[:200]!r}",
+                where=where,
+                remedy="`hllm register` with the settings of that version writes the tag anew.",
+            )
+        if place_of(root) != place_of(settings.run.root):
+            raise ConfigError(
+                f"was made under {root}, not under run.root = {settings.run.root}",
+                where=where,
+                remedy="Use the settings that it was registered with.",
+            )
+        return step, key
 
     @property
     def uri(self) -> str:
         return f"models:/{self.model}/{self.version}"
+
+
+def place_of(root: str) -> str:
+    """A root as everybody would write it."""
+    store = Store(root)
+    return store.root if store.remote else str(store.local.resolve())
 
 
 def registered_version(settings: Settings, version: str | None = None) -> VersionInfo:

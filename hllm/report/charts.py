@@ -20,9 +20,13 @@ GLYPH = 0.56
 """Mean width of a letter in units of the font size."""
 
 
+STYLES = {"circle": "candidate", "square": "baseline", "diamond": "champion", "triangle": "untrained"}
+"""The mark of a family -> colour and shape in a chart of several families."""
+
+
 @dataclass(frozen=True)
 class Point:
-    """One estimate with its interval; `kind` names colour and shape (candidate, sasrec, popular, ...)."""
+    """One estimate with its interval; `kind` names colour and shape (candidate, baseline, untrained, ...)."""
 
     name: str
     kind: str
@@ -344,8 +348,8 @@ def _mark(x: float, y: float, kind: str) -> str:
     shapes = {
         "candidate": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5"',
         "stage": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"',
-        "sasrec": f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"',
+        "baseline": f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"',
         "champion": f'<path d="M{x:.1f} {y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5 -6.5z"',
-        "popular": f'<path d="M{x:.1f} {y - 5.5:.1f}l5.8 10.4h-11.6z"',
+        "untrained": f'<path d="M{x:.1f} {y - 5.5:.1f}l5.8 10.4h-11.6z"',
     }
     return f'{shapes.get(kind, shapes["stage"])} class="mark s-{kind}"/>'

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hllm.evaluation.gate import NAMES, Verdict
-from hllm.evaluation.names import metric_name, model_name
+from hllm.evaluation.gate import Verdict, name_of
+from hllm.evaluation.names import in_sentence, metric_name, model_name
 from hllm.report.figures import Against, comparisons
 from hllm.report.ranker import gain_in_words, says
 from hllm.report.words import segment_name
@@ -50,7 +50,7 @@ def _models(
     found = {candidate: (f"**{model_name(candidate)}** (this version)", models[candidate])}
     if champion:
         found["champion"] = (f"champion (version {champion[0]})", champion[1])
-    others = {label: (NAMES.get(label, model_name(label)), model) for label, model in models.items()}
+    others = {label: (in_sentence(label), model) for label, model in models.items()}
     return found | {label: other for label, other in others.items() if label != candidate}
 
 
@@ -120,12 +120,12 @@ def _look_at(metrics: Mapping[str, Any], champion: tuple[int, Mapping[str, Any]]
     entries = {**metrics["models"], **({"champion": champion[1]} if champion else {})}
     listed = []
     for row in comparisons(metrics, champion[1] if champion else None):
-        if row.label in NAMES and row.label in entries:
+        if row.role != "stage" and row.label in entries:
             worse = _worse_segments(metrics, row, entries[row.label], metric)
             if worse:
-                rival = NAMES[row.label]
+                rival = name_of(row.label)
                 listed.append(f"- {metric_name(metric)} is worse than {rival}'s for {'; '.join(worse)}")
-    nothing = "- in no segment is it clearly worse than the champion, SASRec or most-popular"
+    nothing = "- in no segment is it clearly worse than the models beside it"
     return "**What to look at.**\n" + ("\n".join(listed) or nothing)
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from hllm.evaluation.names import metric_name, model_name
+from hllm.evaluation.names import CHAMPION, in_sentence, metric_name, model_name
+from hllm.models.family import TrainedModel
 from hllm.report.charts import Group, Point, forest
 from hllm.report.words import FEW_USERS, segment_limit, segment_name
 from hllm.settings import Settings
+
+ROLES = ("candidate", "stage", "champion", "baseline", "untrained")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Against:
     """The candidate compared with one other model."""
 
     label: str
+    role: str
+    """champion, baseline, stage (an earlier one of the candidate's family) or untrained."""
     name: str
     overall: Mapping[str, Any]
     segments: Mapping[str, Any]
@@ -63,48 +68,46 @@ def _says(compared: Mapping[str, Any] | None) -> str:
 
 
 def models_in_order(metrics: Mapping[str, Any], champion: Mapping[str, Any] | None) -> list[Model]:
-    """The candidate, its earlier stages, the champion, SASRec, most-popular."""
+    """The candidate, its earlier stages, the champion, the other trained models, the untrained ones."""
     candidate = metrics["candidate"]
-    family = candidate.rpartition("-")[0]
-    entries = {**metrics["models"], **({"champion": champion} if champion else {})}
-    stages = sorted(
-        (label for label in entries if label.startswith(f"{family}-") and label != candidate), reverse=True
-    )
-    others = [
-        label for label in entries if label not in (candidate, "champion", "sasrec-1", "popular", *stages)
-    ]
-    order = dict.fromkeys([candidate, *stages, "champion", "sasrec-1", *others, "popular"])
-    kinds = {candidate: "candidate", "champion": "champion", "popular": "popular", "sasrec-1": "sasrec"} | {
-        candidate: "candidate"
-    }
-    return [
-        Model(label, model_name(label), kinds.get(label, "stage"), entries[label])
-        for label in order
-        if label in entries
-    ]
+    entries = {**metrics["models"], **({CHAMPION: champion} if champion else {})}
+    roles = {label: role_of(label, candidate) for label in entries}
+    order = sorted(entries, key=lambda label: (ROLES.index(roles[label]), -stage_of(label)))
+    return [Model(label, model_name(label), roles[label], entries[label]) for label in order]
+
+
+def role_of(label: str, candidate: str) -> str:
+    """What a model is beside the candidate; names colour and shape in charts."""
+    if label in (candidate, CHAMPION):
+        return "candidate" if label == candidate else "champion"
+    trained, own = TrainedModel.of(label), TrainedModel.of(candidate)
+    if trained is None:
+        return "untrained"
+    return "stage" if own and trained.family is own.family else "baseline"
+
+
+def stage_of(label: str) -> int:
+    trained = TrainedModel.of(label)
+    return trained.stage if trained else 0
 
 
 def comparisons(metrics: Mapping[str, Any], champion: Mapping[str, Any] | None) -> list[Against]:
-    """Champion, SASRec, earlier stages, most-popular; a missing champion says so."""
+    """Champion, other trained models, earlier stages, untrained ones; a missing champion says so."""
     found = {label: value for label, value in metrics.get("comparisons", {}).items()}
     if champion and champion.get("comparison"):
         found["champion"] = champion["comparison"]
-    labels = [
-        "champion",
-        "sasrec-1",
-        *(label for label in found if label not in ("champion", "sasrec-1", "popular")),
-        "popular",
-    ]
+    candidate, order = metrics["candidate"], ("champion", "baseline", "stage", "untrained")
+    labels = sorted({CHAMPION: {}, **found}, key=lambda label: order.index(role_of(label, candidate)))
     rows = []
     for label in labels:
-        name = {"popular": "most popular", "champion": "the champion"}.get(label, model_name(label))
+        name = "the champion" if label == CHAMPION else in_sentence(label)
         if label in found:
             value = found[label]
-            rows.append(Against(label, name, value, value.get("segments", {}), "nothing to divide by"))
-        elif label == "champion":
-            rows.append(
-                Against(label, name, {}, {}, "there is no champion yet" if not champion else "not compared")
-            )
+            role = role_of(label, candidate)
+            rows.append(Against(label, role, name, value, value.get("segments", {}), "nothing to divide by"))
+        elif label == CHAMPION:
+            missing = "there is no champion yet" if not champion else "not compared"
+            rows.append(Against(label, CHAMPION, name, {}, {}, missing))
     return rows
 
 
@@ -188,9 +191,9 @@ def segment_charts(settings: Settings, models: Sequence[Model], metrics: Mapping
 def segment_table(
     settings: Settings, models: Sequence[Model], against: Sequence[Against], metrics: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Who is in each segment, and whether the candidate is better there than SASRec and the champion."""
+    """Who is in each segment, and whether the candidate is better there than the others."""
     metric, mode = settings.gate.metric, metrics["headline"]
-    rivals = [row for row in against if row.label in ("champion", "sasrec-1", "popular") and row.overall]
+    rivals = [row for row in against if row.role != "stage" and row.overall]
     rows = []
     for segment, figures in models[0].entry["segments"].items():
         rows.append(

@@ -108,7 +108,7 @@ def _tiles(
         }
     ]
     for row in against:
-        if row.label not in ("popular", "sasrec-1", "champion"):
+        if row.role == "stage":
             continue
         ratio = row.ratio(mode, metric)
         if ratio is None:

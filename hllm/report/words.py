@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hllm.evaluation.names import metric_name
+from hllm.models.family import TrainedModel, family
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest
 
@@ -49,12 +50,12 @@ def advice(
     metric, mode, found = settings.gate.metric, metrics["headline"], []
     for row in against:
         said = row.says(mode, metric)
-        if row.label != "popular" and said == "no clear difference":
+        if row.role != "untrained" and said == "no clear difference":
             found.append(f"No clear difference from {row.name}: the interval of the ratio includes 1.")
         elif said == "worse":
             found.append(f"Worse than {row.name} in {metric_name(metric)} overall.")
     for row in against:
-        if row.label in ("sasrec-1", "champion"):
+        if row.role in ("baseline", "champion"):
             for outcome in ("worse", "better"):
                 names = row.segments_that_are(outcome, mode, metric)
                 if names:
@@ -76,14 +77,18 @@ def advice(
 
 def _effort(manifests: Mapping[str, Manifest], candidate: str) -> list[str]:
     """A comparison is fair when both sides had their time; the reader should see how much that was."""
-    family = candidate.rpartition("-")[0]
-    mine = [manifest for name, manifest in manifests.items() if name.startswith(f"train-{family}-")]
-    rival = manifests.get("train-sasrec-1")
-    if not mine or rival is None or family == "sasrec":
+    spent: dict[str, list[float]] = {}
+    for name, manifest in manifests.items():
+        trained = TrainedModel.of(name) if name.startswith("train-") else None
+        if trained:
+            spent.setdefault(trained.family.name, []).append(manifest.seconds)
+    own = TrainedModel.of(candidate)
+    mine = spent.pop(own.family.name, []) if own else []
+    if not mine or not spent:
         return []
+    others = ", ".join(f"{family(name).title} for {duration(sum(took))}" for name, took in spent.items())
     return [
-        f"Trained for {duration(sum(manifest.seconds for manifest in mine))} in {len(mine)} "
-        f"stage{'s' if len(mine) > 1 else ''}; SASRec for {duration(rival.seconds)}."
+        f"Trained for {duration(sum(mine))} in {len(mine)} stage{'s' if len(mine) > 1 else ''}; {others}."
     ]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import shutil
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hllm
+import hllm.models
+from hllm.models.family import GROUP
+from hllm.models.load import family_in
 from hllm.settings import Settings
 from hllm.work import mlflow as server
 
@@ -38,37 +40,56 @@ def log_package(client: MlflowClient, settings: Settings, run_id: str, package: 
             name=settings.mlflow.model_name,
             python_model=str(HERE / "serving" / "pyfunc_model.py"),
             artifacts={"package": str(package)},
-            code_paths=[str(copy_sources(Path(scratch)))],
+            code_paths=[str(copy_sources(Path(scratch), package))],
             signature=signature(package),
             input_example=input_example(package),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+            pip_requirements=_requirements(package),
         )
     return str(logged.model_id)
 
 
-def copy_sources(folder: Path) -> Path:
-    """A copy of the modules that the package needs, and of no others: the model needs no `hllm` installed."""
-    needed, waiting = set(), ["hllm.embedding.package"]
+def copy_sources(folder: Path, package: Path) -> Path:
+    """A copy of the modules that a package needs, those of its family among them, and of no others: the model
+    needs no `hllm` installed."""
+    kind = family_in(package)
+    needed: dict[Path, Path] = {}
+    waiting = ["hllm.embedding.package", f"hllm.models.{kind.name}.family", kind.code]
     while waiting:
         name = waiting.pop()
         path = _source(name)
         if path is None or path in needed:
             continue
-        needed.add(path)
+        place = Path(*name.split("."))
+        needed[path] = place / path.name if path.name == "__init__.py" else place.with_suffix(".py")
         waiting += [name.rpartition(".")[0], *_imports(path)]
-    for path in needed:
-        copy = folder / path.relative_to(HERE.parent)
+    for path, place in needed.items():
+        copy = folder / place
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     return folder / "hllm"
 
 
 def _source(module: str) -> Path | None:
-    """The file of one of our modules; None for names inside a module and for everybody else's."""
-    if module.partition(".")[0] != "hllm":
+    """The file of one of our modules or of a family beside them; None for names inside a module and for
+    everybody else's."""
+    top, *parts = module.split(".")
+    if top != "hllm":
         return None
-    path = HERE.parent.joinpath(*module.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    places = [HERE.joinpath(*parts)]
+    if parts[:1] == ["models"]:
+        places += [Path(each).joinpath(*parts[1:]) for each in hllm.models.__path__]
+    files = [file for path in places for file in (path.with_suffix(".py"), path / "__init__.py")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _requirements(package: Path) -> list[str]:
+    """What is installed here; a family that was installed by itself is needed, too."""
+    name = family_in(package).name
+    others = [entry.dist for entry in entry_points(group=GROUP) if entry.name == name and entry.dist]
+    return [
+        *(f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS),
+        *(f"{each.name}=={each.version}" for each in others),
+    ]
 
 
 def _imports(path: Path) -> list[str]:

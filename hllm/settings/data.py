@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from hllm.settings.location import Location
 from hllm.settings.section import Section
 
 
@@ -31,13 +32,13 @@ class Data(Section):
     source: Literal["movielens", "amazon", "table"] = "table"
     """`movielens`: ml-100k atomic files. `amazon`: `NAME.inter.json` + `NAME.item.json`, order only.
     `table`: Parquet, CSV or JSON lines with the names in `data.columns`."""
-    path: str = ""
+    path: Location = ""
     """Folder (or s3://) of a `movielens` or `amazon` source. Empty, for movielens: the copy inside the
     installed recbole wheel."""
-    interactions: str = ""
+    interactions: Location = ""
     """Log of a `table` source: .parquet, .csv, .tsv or .jsonl, local or in S3. The files of a folder,
     or of a pattern with `*`, are read in the order of their names."""
-    items: str = ""
+    items: Location = ""
     """Catalogue of a `table` source: .parquet, .csv, .tsv or .jsonl, local or in S3. The files of a
     folder, or of a pattern with `*`, are read in the order of their names."""
     columns: Columns = Columns()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from hllm.settings.section import Section
@@ -65,9 +67,8 @@ class Gate(Section):
     metric: str = "ndcg@10"
     """The metric the gate looks at, on the held-out test events: `ndcg@K` or `recall@K` of the full ranking,
     or for a discriminative objective `auc`, `uauc` or `wuauc` of the labelled ones."""
-    min_vs_popular: float = 1.0
-    """The candidate's metric must exceed this multiple of most-popular's."""
-    min_vs_sasrec: float = 0.0
-    """... of SASRec's; 0 reports the comparison without failing on it."""
+    min_vs: Mapping[str, float] = Field({"popular": 1.0})
+    """The candidate's metric must exceed this multiple of each named family's; of a family that is not named,
+    or named with 0, the comparison is reported without failing on it."""
     min_vs_champion: float = 0.98
     """... of the champion's on the same events, when there is a champion."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import types
 import typing
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ def describe(dotted: str) -> str:
 
 def nearest(dotted: str) -> str:
     """The setting that was probably meant. Its own name decides, then whether it is in or below the section
-    that was typed (`train.batchsize` is `train.stage1.batch_size`)."""
+    that was typed (`train.batchsize` is `hllm.stage1.batch_size`)."""
     section, _, typed = dotted.rpartition(".")
 
     def likeness(key: str) -> float:
@@ -32,6 +33,18 @@ def nearest(dotted: str) -> str:
 
     best = max(all_keys(Settings), key=likeness)
     return best if likeness(best) else ""
+
+
+def renamed(dotted: str) -> list[str]:
+    """What a setting of an earlier release is called now; none for others."""
+    gate, _, family = dotted.partition("gate.min_vs_")
+    if not gate and family:
+        return [f"gate.min_vs.{family}"]
+    known = importlib.import_module("hllm.models.family").renamed()
+    for old, new in known.items():
+        if dotted == old or dotted.startswith(f"{old}."):
+            return [name + dotted.removeprefix(old) for name in new]
+    return []
 
 
 def section_type(model: type[Section], name: str) -> type[Section] | None:

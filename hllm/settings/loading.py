@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from hllm.errors import ConfigError
-from hllm.settings.keys import describe, nearest, section_type
+from hllm.settings.keys import describe, nearest, renamed, section_type
 from hllm.settings.section import Section
 from hllm.settings.tree import Settings
 
@@ -86,14 +86,26 @@ def _put(tree: dict[str, Any], dotted: str, text: str, source: str) -> None:
         tree[last] = text
 
 
+def _leaves(value: Any, dotted: str) -> Iterator[str]:
+    """The dotted names of the values in a section."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{dotted}.{name}")
+    else:
+        yield dotted
+
+
 def refuse_unknown(
     tree: Mapping[str, Any], model: type[Section], prefix: str, where: str, sources: Mapping[str, str]
 ) -> None:
     for key, value in tree.items():
         dotted = prefix + key
         if key not in model.model_fields:
-            near = nearest(dotted)
             typed = next((source for path, source in sources.items() if path.startswith(dotted)), where)
+            given = next(_leaves(value, dotted), dotted)
+            if now := renamed(given):
+                raise ConfigError(f"{given} is called {' and '.join(now)} now", where=typed)
+            near = nearest(dotted)
             raise ConfigError(
                 f"{dotted} is not a setting." + (f" Did you mean {near}?" if near else ""),
                 where=typed,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from hllm.settings.location import Folder
 from hllm.settings.section import Section
 
 
 class Run(Section):
     name: str = "default"
     """Names the pipeline: the MLflow experiment, and the runs that volume and freshness are compared with."""
-    root: str = "runs/default"
+    root: Folder = "runs/default"
     """Where every step writes: a folder or `s3://bucket/prefix`."""
     seed: int = 17
     """Seeds weights, batches, negatives and bootstrap samples."""

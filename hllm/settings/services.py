@@ -6,13 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from hllm.settings.location import Folder
 from hllm.settings.section import Section
 
 
 class Mlflow(Section):
     tracking_uri: str = "sqlite:///runs/mlflow.db"
     """MLflow's store or server; the variable MLFLOW_TRACKING_URI wins when set."""
-    artifact_root: str = "runs/mlflow-artifacts"
+    artifact_root: Folder = "runs/mlflow-artifacts"
     """Where a new experiment keeps its files: a folder or s3:// (a server may decide for itself)."""
     model_name: str = "hllm"
     """The registered model's name."""

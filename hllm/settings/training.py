@@ -60,14 +60,6 @@ class Train(Section):
     zero: Literal[0, 1, 2, 3] = 0
     """How much of a training every process holds only a share of, by DeepSpeed's ZeRO: nothing (0: plain data
     parallelism), moments (1), gradients too (2), weights too (3). The results are the same."""
-    stage1: Stage = Stage(history_length=10, batch_size=32)
-    """End to end: both LLMs, short histories."""
-    stage2: Stage = Stage(history_length=200, batch_size=32)
-    """The User LLM alone over cached item vectors, long histories."""
-    sasrec: Stage = Stage(history_length=200, batch_size=128, epochs=50, lr=1e-3)
-    """SASRec, trained in one stage."""
-    hstu: Stage = Stage(history_length=200, batch_size=128, epochs=50, lr=1e-3)
-    """HSTU, trained in one stage."""
 
 
 class Embed(Section):

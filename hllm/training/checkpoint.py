@@ -8,6 +8,7 @@ number are all there is to continue bit-identically on one machine.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from hllm.work.ranks import place, total
 Restored = tuple[dict[str, Any], dict[str, Tensor]]
 """The numbers and the tensors of a checkpoint."""
 TENSORS, NUMBERS = "tensors.safetensors", "numbers.json"
+STEP = re.compile(r"step-\d{9}")
+"""The name of a checkpoint: nothing else is read or removed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Checkpoints:
         write_atomically(building / NUMBERS, json.dumps(whole).encode())
         shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+        for old in self._here()[: -self.keep]:
             shutil.rmtree(old)
         if self.location:
             self._carry(target)
@@ -73,7 +76,7 @@ class Checkpoints:
             InfraError: S3 does not answer.
         """
         there = self._there()
-        here = {path.name for path in self.folder.glob("step-*")}
+        here = {path.name for path in self._here()}
         for name in sorted(here | {name for name, files in there.items() if NUMBERS in files}, reverse=True):
             path, why = self.folder / name, "it is gone"
             for fetch in (False, True):
@@ -103,6 +106,10 @@ class Checkpoints:
             delete_objects(there.get(name, {}).values())
         return None
 
+    def _here(self) -> list[Path]:
+        """The checkpoints in `folder`, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if STEP.fullmatch(path.name))
+
     def _carry(self, checkpoint: Path) -> None:
         """The numbers last: a checkpoint without them is none."""
         client = s3_client()
@@ -116,8 +123,8 @@ class Checkpoints:
         """What is in S3: checkpoint -> file -> location."""
         found: dict[str, dict[str, str]] = {}
         for location in list_objects(f"{self.location}/", client) if self.location else ():
-            name, slash, file = location.removeprefix(f"{self.location}/").partition("/")
-            if slash and name.startswith("step-"):
+            name, _, file = location.removeprefix(f"{self.location}/").partition("/")
+            if STEP.fullmatch(name) and file in (NUMBERS, TENSORS, *(path.name for path in self.beside)):
                 found.setdefault(name, {})[file] = location
         return found
 

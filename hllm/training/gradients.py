@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hllm.models.common.packing import device_of, on_device
 from hllm.models.common.recommender import Batch, Recommender
-from hllm.models.items import TextItems
 from hllm.work.ranks import place, total
 
 # K distinct items of the batch of all processes, M of them that one process encodes, D vector width
@@ -74,7 +73,7 @@ def backpropagate(
         return total(loss.detach().clone())
 
     first_seed = seed * 2 * parts  # no part of a step draws what one of another step does
-    spread = isinstance(model.items, TextItems)
+    spread = model.items.reads_texts
     trained = any(parameter.requires_grad for parameter in model.items.parameters())
     order_K = _by_length(model, distinct_K)
     chunks = [
@@ -117,7 +116,7 @@ def gathered_vectors(model: Recommender, distinct_K: npt.NDArray[np.int64]) -> T
     """(K, D) vectors of all items: every process reads the texts of its share, and has everyone's vectors.
     What needs no reading, everyone looks up."""
     at = place()
-    if at.size == 1 or not isinstance(model.items, TextItems):
+    if at.size == 1 or not model.items.reads_texts:
         return model.item_vectors(distinct_K)
     order_K = _by_length(model, distinct_K)
     mine_M, counts = _dealt(order_K[at.rank :: at.size], order_K)
@@ -143,7 +142,7 @@ class _Gather(torch.autograd.Function):
 
 def _by_length(model: Recommender, distinct_K: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """(K,) places of items, the shortest texts first: dealt out in turn, every share is as much work."""
-    if not isinstance(model.items, TextItems):
+    if not model.items.reads_texts:
         return np.arange(len(distinct_K))
     lengths_K = model.items.token_offsets[distinct_K + 1] - model.items.token_offsets[distinct_K]
     return np.argsort(lengths_K, kind="stable")

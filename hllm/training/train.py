@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,11 @@ from hllm.embedding.scores import held_out_scores, judges
 from hllm.embedding.users import held_out_user_vectors
 from hllm.errors import DataError
 from hllm.models.common.backbone import compile_layers
+from hllm.models.common.items import CachedItems
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import CachedItems
+from hllm.models.family import Family, TrainedModel
 from hllm.models.load import new_model, next_stage, save_model
-from hllm.models.users import DecoderUser
-from hllm.pipeline import Context, embed_name, train_name
+from hllm.pipeline import Context
 from hllm.settings import Stage
 from hllm.training.batches import Batches, training_users
 from hllm.training.checkpoint import Checkpoints
@@ -26,7 +26,7 @@ from hllm.training.loop import fit
 from hllm.work.ranks import device, place
 
 if TYPE_CHECKING:
-    from hllm.evaluation.ranking import HeldOut
+    from hllm.models.common.ranking import HeldOut
 
 MOST_VALIDATION_EVENTS = 5_000
 """Enough to choose between checkpoints; more would only cost time."""
@@ -34,24 +34,25 @@ MOST_VALIDATION_EVENTS = 5_000
 
 def train(context: Context) -> None:
     """Step: trains, from the newest checkpoint if there is one, and saves the best (or last) weights."""
-    _, family, stage_text = context.step.name.split("-")
-    stage_number, settings = int(stage_text), context.settings
-    stage: Stage = settings.at(f"train.stage{stage_number}" if family == "hllm" else f"train.{family}")
+    settings, trained = context.settings, TrainedModel.of(context.step.name)
+    assert trained  # noqa: S101 - the step of a family's training
+    family, stage_number = trained.family, trained.stage
+    stage: Stage = family.stage_settings(settings, stage_number)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     prepared = Prepared.open(context.inputs["prepare"])
-    if stage_number == 1:
-        model = new_model(settings, family, prepared)
+    if family.stages[stage_number - 1].cached_items:
+        first = TrainedModel(family, 1)
+        vectors = ItemVectors.open(context.inputs[first.embed_step]).matrix()
+        model = next_stage(settings, context.inputs[first.train_step], vectors)
     else:
-        vectors = ItemVectors.open(context.inputs[embed_name(family, 1)]).matrix()
-        model = next_stage(settings, context.inputs[train_name(family, 1)], vectors)
+        model = new_model(settings, family.name, prepared)
     model.to(device())
     prepare_layers(model, stage)
-    batches = Batches(
+    batches = new_batches(
+        family,
         prepared,
-        stage.history_length,
-        stage.batch_size,
-        stage.negatives,
+        stage,
         settings.run.seed + stage_number,
         training_users(prepared.users, settings.train.share, settings.run.seed),
     )
@@ -59,7 +60,7 @@ def train(context: Context) -> None:
     if judging:
         require_labels(batches)
     with context.graceful() as stopping:
-        trained = fit(
+        result = fit(
             model,
             batches,
             stage,
@@ -82,21 +83,36 @@ def train(context: Context) -> None:
     if not place().first:
         return
     context.tidy_curves()
-    save_model(model, family, context.output)
-    context.rows = {"windows": batches.windows, "steps": trained.steps}
+    save_model(model, family.name, context.output)
+    context.rows = {"windows": batches.windows, "steps": result.steps}
     context.facts = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": sum(
             parameter.numel() for parameter in model.parameters() if parameter.requires_grad
         ),
-        "first_loss": trained.first_loss,
-        "last_loss": trained.last_loss,
-        "best_step": trained.best_step,
-        "train_seconds": round(trained.seconds, 1),
-        "steps_per_second": round(trained.steps / max(trained.seconds, 1e-9), 3),
+        "first_loss": result.first_loss,
+        "last_loss": result.last_loss,
+        "best_step": result.best_step,
+        "train_seconds": round(result.seconds, 1),
+        "steps_per_second": round(result.steps / max(result.seconds, 1e-9), 3),
         "processes": place().size,
-        **trained.facts,
+        **result.facts,
     }
+
+
+def new_batches(
+    family: Family,
+    prepared: Prepared,
+    stage: Stage,
+    seed: int,
+    users: npt.NDArray[np.bool_] | None,
+) -> Batches:
+    """The family's own batches, or windows with uniform negatives."""
+    own = getattr(family.module, "batches", None)
+    if own is not None:
+        batches: Batches = own(prepared, stage, seed, users)
+        return batches
+    return Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, seed, users)
 
 
 def prepare_layers(model: Recommender, stage: Stage) -> None:
@@ -128,14 +144,14 @@ def require_labels(batches: Batches) -> None:
             f"a discriminative objective needs training events of both labels: {negative:,} have label 0, "
             f"{positive:,} have label 1",
             where="train",
-            remedy='Name the label column (data.columns.label), or set model.objective = "generative".',
+            remedy="Name the label column (data.columns.label), or let the family learn generatively.",
         )
 
 
 def validation_auc(model: Recommender, prepared: Prepared, max_history: int, tokens_per_batch: int) -> float:
     """AUC of the validation events that have a label."""
     from hllm.evaluation.auc import aucs
-    from hllm.evaluation.ranking import HeldOut
+    from hllm.models.common.ranking import HeldOut
 
     held_out = HeldOut.of(prepared, "valid")
     labels = np.asarray(prepared.event_labels)[held_out.positions_R]
@@ -143,7 +159,7 @@ def validation_auc(model: Recommender, prepared: Prepared, max_history: int, tok
     labels = np.asarray(prepared.event_labels)[held_out.positions_R]
     vectors_ID = catalogue_vectors(model, prepared, tokens_per_batch)
     scores = held_out_scores(
-        cast(DecoderUser, model.user),
+        model.user,
         vectors_ID,
         prepared,
         held_out.users_R,
@@ -173,7 +189,7 @@ def validation_ranks(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(R,) where each validation event's item stands in the whole catalogue, the user's history left out, and
     (R,) whose event it is."""
-    from hllm.evaluation.ranking import HeldOut, rank_by_vectors
+    from hllm.models.common.ranking import HeldOut, rank_by_vectors
 
     held_out = HeldOut.of(prepared, "valid")
     if not len(held_out):

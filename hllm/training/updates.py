@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from hllm.errors import ConfigError
 from hllm.models.common.packing import device_of
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import TextItems
 from hllm.settings import Stage
 from hllm.training.gradients import Computation, Run
 from hllm.work.ranks import let_all_have, place, total
@@ -162,7 +161,7 @@ class Spread:
         # It calls by their old names what PyTorch has renamed, which would be said at every step.
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         os.environ.setdefault("LOCAL_RANK", str(place().local_rank))  # asks for it, also for one process
-        if level == 3 and isinstance(model.items, TextItems):
+        if level == 3 and model.items.reads_texts:
             model.items.remembered = None  # who reads nothing would not be there when weights are gathered
         self.model, self.level = model, level
         self.scale = place().size

@@ -12,6 +12,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -21,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hllm
 from hllm.errors import ConfigError, DataError, HLLMError, InfraError
+from hllm.work.digests import digest_file, known_digest
 from hllm.work.lease import Claim, claimed
 from hllm.work.objects import (
     abandon_uploads,
@@ -44,6 +47,9 @@ from hllm.work.objects import (
 MANIFEST = "manifest.json"
 USED = ".used"
 """An empty file in an output: when it was written, a step last relied on that output."""
+DIGEST = re.compile(r"[0-9a-f]{64}")
+LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(?:\.part)?")
+"""The name of a file that is being written by `write_atomically` or `download`."""
 WORK = "work"
 """The top folder of an output that is scratch: checkpoints, partial results."""
 
@@ -92,10 +98,11 @@ class Manifest:
             values = dict(json.loads(content))
             unknown = sorted(set(values) - {known.name for known in fields(cls)})
             if not unknown:
-                return cls(**values)
-        except (ValueError, TypeError) as error:
+                return _well_formed(_of_manifests().validate_json(content, strict=True), str(where))
+        except (ValueError, TypeError, RecursionError) as error:
+            said = " ".join(str(error).split())[:200]
             raise DataError(
-                f"is damaged: {error}", where=where, remedy="Delete the folder and run the step again."
+                f"is damaged: {said}", where=where, remedy="Delete the folder and run the step again."
             ) from None
         raise DataError(
             f"was written by a newer HLLM ({values.get('code_version')}; this is {hllm.__version__})",
@@ -105,14 +112,62 @@ class Manifest:
         )
 
 
+@cache
+def _of_manifests() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
+
+
+def _well_formed(manifest: Manifest, where: str) -> Manifest:
+    """Nothing is believed because a manifest says it: step and key are those of the place where it was found,
+    and its files lie below that place.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    place = f"/{manifest.step}/{manifest.key}/{MANIFEST}"
+    if not where.endswith(place):
+        raise ValueError(f"it is of {manifest.step}/{manifest.key}, and was found elsewhere")
+    for name, digest in manifest.files.items():
+        require_relative(name)
+        if not DIGEST.fullmatch(digest):
+            raise ValueError(f"{name!r} has no sha256")
+    if any(count < 0 for count in manifest.rows.values()):
+        raise ValueError("a count of rows is negative")
+    return manifest
+
+
+def require_relative(name: str) -> str:
+    """A name that was read, if it is relative, plain and leads below the folder that it is joined to.
+
+    Raises:
+        ValueError: it leads elsewhere, or could.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in name or not name.isprintable():
+        raise ValueError(f"{name[:100]!r} is no name of a file below its folder")
+    return name
+
+
+def below(folder: Path, name: str) -> Path:
+    """`folder / name`, of a name that was read; links that lead elsewhere are not followed.
+
+    Raises:
+        DataError: it does not lie in the folder.
+    """
+    try:
+        path = folder / require_relative(name)
+        if path.resolve().is_relative_to(folder.resolve()):
+            return path
+    except (ValueError, OSError, RuntimeError):
+        pass
+    raise DataError(f"{name[:100]!r} does not lie in its folder", where=folder)
+
+
 def digest_of(value: Any) -> str:
     """A stable digest of JSON-like content."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -129,6 +184,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """A name is on disk when its folder is; not every file system can be asked."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class Store:
@@ -233,15 +299,56 @@ class Store:
             return _read_remote(f"{self.location(step, key)}/{MANIFEST}")
         return Manifest.read(self.folder(step, key))
 
-    def fetch(self, step: str, key: str) -> Path:
-        """The local folder of a finished output, downloaded if it lives in S3.
+    def damaged(self, manifest: Manifest, again: bool = False) -> str:
+        """The first file of an output on this machine that is not what was written, or "". A file is read
+        once for each change of it, with `again` in any case."""
+        folder = self.folder(manifest.step, manifest.key)
+        for name, digest in manifest.files.items():
+            try:
+                path = below(folder, name)
+                found = digest_file(path) if again else known_digest(path, self.local)
+            except (OSError, DataError):
+                return name
+            if found != digest:
+                return name
+        return ""
+
+    def whole(self, step: str, key: str) -> Manifest | None:
+        """The manifest of a finished output whose files, where they lie on this machine, are what was
+        written; None means that the step is to run."""
+        try:
+            found = self.manifest(step, key)
+        except DataError as error:
+            print(f"{step}: {error.first_line}: made anew", file=sys.stderr)
+            return None
+        if found is None or self.remote:
+            return found
+        damaged = self.damaged(found)
+        if damaged:
+            print(f"{step}: {damaged} is damaged in {self.folder(step, key)}: made anew", file=sys.stderr)
+        return None if damaged else found
+
+    def fetch(self, step: str, key: str, again: bool = False) -> Path:
+        """The local folder of a finished output, downloaded if it lives in S3. Its files are compared with
+        their digests: each once for every change of it, with `again` by reading all bytes.
 
         Raises:
-            DataError: the output is not finished, or a downloaded file does not match its digest.
+            DataError: the output is not finished, or a file does not match its digest.
         """
         folder = self.folder(step, key)
-        if Manifest.read(folder) is not None:
-            return folder
+        here = Manifest.read(folder)
+        if here is not None:
+            damaged = self.damaged(here, again)
+            if not damaged:
+                return folder
+            if not self.remote:
+                raise DataError(
+                    f"{damaged} is not what the step {step} wrote: its digest is another",
+                    where=folder,
+                    remedy=f"Run the step {step} again with the same settings: it makes the output anew. "
+                    "Then look at the disk.",
+                )
+            (folder / MANIFEST).unlink()  # of a copy: fetched again
         manifest = self.manifest(step, key)
         if manifest is None:
             raise DataError(
@@ -251,9 +358,17 @@ class Store:
             )
         client = s3_client()
         for name, digest in manifest.files.items():
-            download(f"{self.location(step, key)}/{name}", folder / name, client, digest)
+            path = folder / require_relative(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download(f"{self.location(step, key)}/{name}", below(folder, name), client, digest)
         manifest.write(folder)
         return folder
+
+    def sweep(self, step: str, key: str) -> None:
+        """Remove what killed writers left half-written in an output on this machine."""
+        for path in self.folder(step, key).rglob(".*"):
+            if LEFTOVER.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
     def finish(self, manifest: Manifest, carried: Collection[str] = ()) -> None:
         """Publish a finished folder: in S3 every file first (but those carried there before), the manifest
@@ -263,6 +378,7 @@ class Store:
             InfraError: the lock on the output was lost to another process.
         """
         folder = self.folder(manifest.step, manifest.key)
+        self.sweep(manifest.step, manifest.key)
         if self._claim:
             self._claim.require()  # before others' uploads are thrown away
         if self.remote:
@@ -386,14 +502,14 @@ def file_schemas(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]
     return found
 
 
-def fingerprint(location: str) -> str:
+def fingerprint(location: str, memory: Path | None = None) -> str:
     """What a source file's content is known by: sha256 of a local file, entity tag and size of an S3
-    object."""
+    object. The digest of a local file is remembered in the folder `memory`."""
     if is_s3(location):
         head = head_object(location)
         return f"{head['ETag']}-{head['ContentLength']}"
     try:
-        return digest_file(Path(location))
+        return known_digest(Path(location), memory) if memory else digest_file(Path(location))
     except FileNotFoundError:
         raise DataError("no such file", where=location) from None
     except IsADirectoryError:

@@ -98,7 +98,7 @@ def estimate(settings: Settings, store: Store, step: str) -> tuple[float, float,
         return None
     last, share = earlier[-1], 1.0
     if step.startswith("train-") and last.rows.get("steps"):
-        _, family, stage = step.split("-")
-        wanted = settings.at(f"train.stage{stage}" if family == "hllm" else f"train.{family}").steps
+        family, _, stage = step.removeprefix("train-").rpartition("-")
+        wanted = settings.at(f"{family}.stage{stage}").steps
         share = wanted / last.rows["steps"] if wanted else 1.0
     return last.seconds * share, _machine_seconds(last) * share, last.usage.get(GPU, 0.0) * share

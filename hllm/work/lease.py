@@ -10,6 +10,7 @@ process that is gone.
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import sys
 import threading
@@ -27,6 +28,11 @@ BEAT_SECONDS = 10.0
 """A claim is refreshed as often: how long it takes to know that its process lives."""
 STALE_SECONDS = 60.0
 """How long it takes to know that its process is gone."""
+WAIT_SECONDS = 4 * STALE_SECONDS
+"""How long anybody waits for a claim at most."""
+NAME = re.compile(r"[0-9a-f]{16}")
+FORM = b"process "
+"""What the name and the content of a claim look like: nothing else is removed."""
 
 
 class Claim:
@@ -62,6 +68,7 @@ class Claim:
             InfraError: a process that lives is writing.
         """
         first_seen: dict[str, datetime] = {}
+        began = time.monotonic()
         waiting = "waiting to see whether another process still writes this output"
         while True:
             others = self._others()
@@ -73,12 +80,18 @@ class Claim:
                 time.sleep(secrets.SystemRandom().uniform(0, BEAT_SECONDS / 8))
             for other, at in others.items():
                 if at > first_seen.setdefault(other, at):
-                    said = (read_object(other) or b"it has just ended").decode("utf-8", "replace")
                     raise InfraError(
-                        f"another process is writing this output: {said}",
+                        f"another process is writing this output: {_said(other)}",
                         where=self._folder,
                         remedy="Wait for it, then run again.",
                     )
+            if time.monotonic() - began > WAIT_SECONDS:
+                other, at = next(iter(others.items()), (self.location, self._refreshed))
+                raise InfraError(
+                    f"could not be taken within {WAIT_SECONDS:.0f} s: {_said(other)}, last seen {at}",
+                    where=self._folder,
+                    remedy="If no process writes this output any more, remove that object.",
+                )
             if others:
                 if waiting:
                     print(f"{self._folder}: {waiting}", file=sys.stderr)
@@ -114,11 +127,20 @@ class Claim:
         with s3_errors(self._folder):
             answer = s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix)
         now = _now(answer)
-        found = {f"s3://{bucket}/{each['Key']}": each["LastModified"] for each in answer.get("Contents", ())}
+        found = {
+            f"s3://{bucket}/{each['Key']}": each["LastModified"]
+            for each in answer.get("Contents", ())
+            if NAME.fullmatch(each["Key"].removeprefix(prefix))  # anything else is no claim, and not ours
+        }
         found.pop(self.location, None)
         gone = {each for each, at in found.items() if now - at > timedelta(seconds=STALE_SECONDS)}
-        delete_objects(gone)
+        delete_objects(each for each in gone if (read_object(each) or b"").startswith(FORM))
         return {each: at for each, at in found.items() if each not in gone}
+
+
+def _said(claim: str) -> str:
+    """Who holds a claim."""
+    return (read_object(claim) or b"it has just ended").decode("utf-8", "replace")
 
 
 def _now(answer: Mapping[str, Any]) -> datetime:

@@ -19,16 +19,16 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import urlsplit
 
 from hllm.errors import ConfigError, DataError, InfraError
+from hllm.work.waiting import waiting_for
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
 
-ATTEMPTS = 6
-"""Of one request, with waits of up to 1, 2, 4, 8 and 16 seconds between them."""
-CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+ATTEMPTS = 4
+"""Of one request, with waits of up to 1, 2 and 4 seconds between them; AWS_MAX_ATTEMPTS wins."""
+CONNECT_SECONDS, READ_SECONDS = 5.0, 15.0
 """How long a store may take to answer at all, and between two pieces of an answer."""
 PART_BYTES = 16 << 20
 """Larger objects travel in parts of this size (larger still, where there would be more than 10,000)."""
@@ -54,9 +54,9 @@ def is_s3(location: str) -> bool:
 
 
 def split_s3(location: str) -> tuple[str, str]:
-    """`s3://bucket/a/b` -> ("bucket", "a/b")."""
-    parts = urlsplit(location)
-    return parts.netloc, parts.path.lstrip("/")
+    """`s3://bucket/a/b` -> ("bucket", "a/b"). A key is not part of a URL: no character ends it."""
+    bucket, _, key = location.removeprefix("s3://").partition("/")
+    return bucket, key
 
 
 def s3_client(whole: bool = True) -> Any:
@@ -75,17 +75,21 @@ def _client(whole: bool, process: int, aws: tuple[tuple[str, str], ...]) -> Any:
     import boto3
     from botocore.config import Config
 
+    chosen: dict[str, Any] = {}  # what the user's own variables say is left to them
+    if "AWS_MAX_ATTEMPTS" not in os.environ and "AWS_RETRY_MODE" not in os.environ:
+        chosen["retries"] = {"total_max_attempts": ATTEMPTS, "mode": "standard"}
+    if not whole:
+        chosen["response_checksum_validation"] = "when_required"
     # A session of its own: the default session is not safe to share between threads.
     return boto3.session.Session().client(
         "s3",
         config=Config(
-            retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
             s3={"addressing_style": os.environ.get("HLLM_S3_ADDRESSING", "path")},
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             tcp_keepalive=True,
             max_pool_connections=16,
-            response_checksum_validation="when_supported" if whole else "when_required",
+            **chosen,
         ),
     )
 
@@ -97,12 +101,19 @@ def s3_errors(location: str, setting: str = "") -> Iterator[None]:
     `setting`: which one names the location, where that is not plain.
     """
     from boto3.exceptions import Boto3Error, S3UploadFailedError
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, SSLError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        FlexibleChecksumError,
+        NoCredentialsError,
+        SSLError,
+    )
 
     where = f"{setting} = {location}" if setting else location
     try:
         try:
-            yield
+            with waiting_for(_store_of(location)):
+                yield
         except S3UploadFailedError as error:
             # boto3 tells the reason of a file that was refused in words only: the error itself is behind it.
             raise (error.__context__ if isinstance(error.__context__, ClientError) else error) from None
@@ -124,7 +135,8 @@ def s3_errors(location: str, setting: str = "") -> Iterator[None]:
             ) from None
         if code in {"412", "PreconditionFailed"}:
             raise InfraError("was replaced while it was read", where=where) from None
-        raise InfraError(_one_line(error), where=where) from None
+        remedy = CHECKSUMS if "checksum" in _one_line(error).lower() or code in _NO_CHECKSUMS else ""
+        raise InfraError(_one_line(error), where=where, remedy=remedy) from None
     except SSLError as error:
         raise ConfigError(
             f"the certificate is not accepted: {_one_line(error)}",
@@ -137,6 +149,8 @@ def s3_errors(location: str, setting: str = "") -> Iterator[None]:
             where=where,
             remedy="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or whatever else the AWS SDK finds.",
         ) from None
+    except FlexibleChecksumError as error:
+        raise InfraError(_one_line(error), where=where, remedy=CHECKSUMS) from None
     except (BotoCoreError, Boto3Error) as error:
         raise InfraError(
             _one_line(error),
@@ -146,6 +160,19 @@ def s3_errors(location: str, setting: str = "") -> Iterator[None]:
 
 
 _REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+
+
+CHECKSUMS = (
+    "Not every store knows the SDK's checksums: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
+    "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required."
+)
+_NO_CHECKSUMS = {"NotImplemented", "XAmzContentSHA256Mismatch", "BadDigest", "InvalidDigest"}
+
+
+def _store_of(location: str) -> str:
+    """Who is waited for, in a message: the address where one is set, and the bucket."""
+    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "S3"
+    return f"{address} (s3://{split_s3(location)[0]})"
 
 
 def _bucket_exists(bucket: str) -> bool:

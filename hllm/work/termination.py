@@ -1,4 +1,5 @@
-"""What a command says last: printed for people, and left where whoever started it finds it.
+"""How a command ends: SIGTERM, and what it says last, printed for people and left where whoever started it
+finds it.
 
 That is the container's termination message, Kubernetes' way to hand on a few words (Airflow's local runner
 does the same): one line, and perhaps one of JSON for the tasks that follow.
@@ -9,9 +10,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 
 import typer
+
+from hllm.errors import Terminated
+
+AGAIN_SECONDS = 5.0
+"""A second SIGTERM interrupts again only after so long: the first one's clean-up may be under way."""
+_asked: list[float] = []
+
+
+def terminate(*_: object) -> None:
+    """The SIGTERM handler of commands: note it, unwind, release locks, exit 143. A library may make any error
+    of what is raised here, or none: `was_terminated` still knows."""
+    now = time.monotonic()
+    soon = bool(_asked) and now - _asked[-1] < AGAIN_SECONDS
+    _asked.append(now)
+    if not soon:
+        raise Terminated
+
+
+def was_terminated() -> bool:
+    """Whether SIGTERM has come to this process."""
+    return bool(_asked)
 
 
 def say(line: str) -> None:

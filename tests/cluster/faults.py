@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-LONG = {"HLLM__TRAIN__STAGE1__STEPS": "60", "HLLM__TRAIN__STAGE1__CHECKPOINT_MINUTES": "0.00001"}
+LONG = {"HLLM__HLLM__STAGE1__STEPS": "60", "HLLM__HLLM__STAGE1__CHECKPOINT_MINUTES": "0.00001"}
 """A checkpoint after every step: a training that is met half-way, on any machine."""
-ENDLESS = {**LONG, "HLLM__TRAIN__STAGE1__STEPS": "5000"}
+ENDLESS = {**LONG, "HLLM__HLLM__STAGE1__STEPS": "5000"}
 """One that must not be ready before the cluster has noticed; a kubelet looks at disks once a minute."""
 
 ANOTHERS = "ANOTHERS-CERTIFICATE"
@@ -46,7 +46,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "disk": fault("train-hllm-1", {**ENDLESS, "HLLM__RUN__SEED": "6"}, runner__pod__disk="1Mi"),
     "nodes": fault(
         "train-hllm-1",
-        {"HLLM__RUN__SEED": "5", "HLLM__TRAIN__STAGE1__STEPS": "20"},
+        {"HLLM__RUN__SEED": "5", "HLLM__HLLM__STAGE1__STEPS": "20"},
         **{"runner.steps.train-hllm-1.nodes": 2},
     ),
     "lost": fault(

@@ -14,7 +14,7 @@ from hllm.comparison.scaling import fit
 from hllm.comparison.work import Pipeline
 from hllm.data.prepared import Prepared
 from hllm.evaluation.labelled import labelled_rows
-from hllm.evaluation.ranking import HeldOut
+from hllm.models.common.ranking import HeldOut
 from hllm.pipeline import keys
 from tests.world import run_steps, tiny_settings, write_labelled_source
 
@@ -115,7 +115,7 @@ def test_a_power_law_is_found_again():
 
 
 def test_labelled_events_are_scored_as_they_were_evaluated(tmp_path: Path):
-    sets = {"data.columns.label": "label", "model.objective": "early_fusion", "model.stages": 1}
+    sets = {"data.columns.label": "label", "hllm.objective": "early_fusion", "model.stages": 1}
     source = write_labelled_source(tmp_path / "source")
     settings = tiny_settings(tmp_path, source, **sets, **{"model.baselines": ["sasrec"]})
     prepared = Prepared.open(run_steps(settings, "ingest", "validate", "prepare"))

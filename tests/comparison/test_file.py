@@ -17,7 +17,7 @@ SHIPPED = sorted(EXPERIMENTS.glob("*/*.toml"))
 
 @pytest.fixture
 def write(tmp_path: Path):
-    (tmp_path / "base.toml").write_text('[train.stage1]\nlr = 0.5\n[prepare]\nprompt = "of the file"\n')
+    (tmp_path / "base.toml").write_text('[hllm.stage1]\nlr = 0.5\n[prepare]\nprompt = "of the file"\n')
 
     def act(content: str) -> Path:
         path = tmp_path / "comparison.toml"
@@ -29,31 +29,31 @@ def write(tmp_path: Path):
 
 TWO = """
 [budget]
-train.stage1.steps = 7
+hllm.stage1.steps = 7
 
 [models."first: a=b"]
-model.item_vector = "mean"
+hllm.item_vector = "mean"
 evaluation.cutoffs = [10, 50]
 
 [models.second]
 model.family = "sasrec"
-train.sasrec.lr = 2e-3
+sasrec.stage1.lr = 2e-3
 """
 
 
 def test_a_model_is_the_file_then_its_own_settings_then_the_budget_then_the_command_line(write):
-    comparison = read(write(TWO), ("train.stage1.negatives=3", "evaluation.cutoffs=[10, 50]"))
+    comparison = read(write(TWO), ("hllm.stage1.negatives=3", "evaluation.cutoffs=[10, 50]"))
     first, second = comparison.entries
     settings = comparison.settings(first, 18)
-    assert (settings.train.stage1.lr, settings.prepare.prompt) == (0.5, "of the file")
-    assert (settings.model.item_vector, settings.evaluation.cutoffs) == ("mean", (10, 50))
-    assert (settings.train.stage1.steps, settings.train.stage1.negatives, settings.run.seed) == (7, 3, 18)
-    assert comparison.settings(second, 17).train.sasrec.lr == 2e-3
-    assert comparison.settings(second, 17).train.stage1.steps == 7
+    assert (settings.hllm.stage1.lr, settings.prepare.prompt) == (0.5, "of the file")
+    assert (settings.hllm.item_vector, settings.evaluation.cutoffs) == ("mean", (10, 50))
+    assert (settings.hllm.stage1.steps, settings.hllm.stage1.negatives, settings.run.seed) == (7, 3, 18)
+    assert comparison.settings(second, 17).sasrec.stage1.lr == 2e-3
+    assert comparison.settings(second, 17).hllm.stage1.steps == 7
     assert (first.label, second.label, comparison.reference) == ("hllm-2", "sasrec-1", "first: a=b")
     assert (comparison.seeds, read(write(TWO), seeds=(5,)).seeds) == ((17, 18, 19), (5,))
     assert settings.model.baselines == ()  # each family is a model of its own
-    assert "train.stage1.steps=7" not in read(write(TWO), ("train.stage1.steps=9",)).entries[0].sets
+    assert "hllm.stage1.steps=7" not in read(write(TWO), ("hllm.stage1.steps=9",)).entries[0].sets
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_model_is_the_file_then_its_own_settings_then_the_budget_then_the_comm
         ('reference = "b"\n[models.a]\n', "the reference b is none of the models"),
         ("[budget]\nrun.threads = 1\n[models.a]\nrun.threads = 2\n", "the model a changes the budget"),
         ('[models.a]\nlabel = "hstu-1"\n', "the model a has no hstu-1"),
-        ("[models.a]\ntrain.stage1.lrr = 1\n", "train.stage1.lrr is not a setting"),
+        ("[models.a]\nhllm.stage1.lrr = 1\n", "hllm.stage1.lrr is not a setting"),
         ('metrics = ["ndcg@11"]\n[models.a]\n', "a is not evaluated by these metrics"),
         ('metrics = ["item:tepid ndcg@10"]\n[models.a]\n', "a is not evaluated by these metrics"),
         ('axis = "train.shares"\n[models.a]\n', "axis = train.shares is not a setting"),

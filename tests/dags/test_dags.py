@@ -127,7 +127,7 @@ def test_the_form_offers_settings_with_their_own_limits_and_leaves_them_alone_wh
 ) -> None:
     params = found["dags"]["hllm_train"]["params"]
     assert params["config"]["value"] == "configs/demo.toml"
-    lr = params["train.stage1.lr"]
+    lr = params["hllm.stage1.lr"]
     assert lr["value"] is None
     assert lr["type"] == ["null", "number"]
     assert lr["exclusiveMinimum"] == 0
@@ -149,10 +149,10 @@ def test_the_settings_decide_retries_and_how_much_runs_at_once(tmp_path: Path) -
 
 def test_a_wrong_settings_file_is_an_import_error_that_names_the_key(tmp_path: Path) -> None:
     config = tmp_path / "mine.toml"
-    config.write_text("[train.stage1]\nbatchsize = 3\n")
+    config.write_text("[hllm.stage1]\nbatchsize = 3\n")
     errors = read_dags(tmp_path / "home", config=str(config))["errors"]
     assert len(errors) == 5
-    assert all("Did you mean train.stage1.batch_size?" in error for error in errors.values())
+    assert all("Did you mean hllm.stage1.batch_size?" in error for error in errors.values())
 
 
 def test_airflow_rules_of_ruff_find_nothing() -> None:

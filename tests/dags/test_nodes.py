@@ -255,10 +255,10 @@ def test_a_first_pod_that_only_noticed_does_not_hide_the_reason(
     step: NodesStep, code: int, line: str
 ) -> None:
     pod = pod_that(terminated(code, f"{line}\n"))
-    set_of(step, pod, pod_that(terminated(64, "train.stage1.lr is wrong\n")))
+    set_of(step, pod, pod_that(terminated(64, "hllm.stage1.lr is wrong\n")))
     with pytest.raises(AirflowFailException) as raised:
         ends(step, "failed")
-    wanted = f"ended with 64: node 1: train.stage1.lr is wrong; node 0 ended with {code}: {line}"
+    wanted = f"ended with 64: node 1: hllm.stage1.lr is wrong; node 0 ended with {code}: {line}"
     assert str(raised.value).endswith(wanted)
 
 

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 K8S = HERE.parents[1] / "k8s"
 PINNED = HERE / "pods.yaml"
 NASTY = "cheap $$ or $(AWS_SECRET_ACCESS_KEY)? {{ ds }} ; rm -rf /"
-PARAMS = {"config": "/etc/hllm/hllm.toml", "train.stage1.lr": 0.002}
+PARAMS = {"config": "/etc/hllm/hllm.toml", "hllm.stage1.lr": 0.002}
 DECISION = {"HLLM_DECIDED_BY": "ada", "HLLM_DECIDED_AT": "2026-11-23T01:00:00", "HLLM_DECISION_NOTE": NASTY}
 
 

@@ -143,16 +143,16 @@ def test_a_settings_path_from_the_form_is_only_ever_a_path(value: str, tmp_path:
 def test_answers_of_the_form_are_settings_and_empty_ones_change_nothing() -> None:
     answers = {
         "config": "configs/demo.toml",
-        "train.stage1.lr": 0.002,
-        "train.stage2.steps": 7,
+        "hllm.stage1.lr": 0.002,
+        "hllm.stage2.steps": 7,
         "run.seed": None,
     }
     environment = form.environment(answers)
-    assert set(environment) == {"HLLM_CONFIG", "HLLM__TRAIN__STAGE1__LR", "HLLM__TRAIN__STAGE2__STEPS"}
+    assert set(environment) == {"HLLM_CONFIG", "HLLM__HLLM__STAGE1__LR", "HLLM__HLLM__STAGE2__STEPS"}
     path = Path(environment.pop("HLLM_CONFIG"))
     assert path.is_absolute()
     changed, plain = load(path, environ=environment), load(path, environ={})
-    assert (changed.train.stage1.lr, changed.train.stage2.steps) == (0.002, 7)
+    assert (changed.hllm.stage1.lr, changed.hllm.stage2.steps) == (0.002, 7)
     assert changed.run.seed == plain.run.seed
 
 
@@ -160,7 +160,7 @@ def test_every_offered_setting_exists() -> None:
     settings = load(form.ROOT / "configs/demo.toml", environ={})
     assert set(form.params(settings)) == {
         "config",
-        *(name for names in form.OFFERED.values() for name in names),
+        *(name for names in form.offered(settings).values() for name in names),
     }
 
 

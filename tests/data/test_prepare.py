@@ -245,7 +245,7 @@ def prepare_titles(folder: Path, titles: list[str], backbone: str, **sets: Any) 
         "prepare.prompt": "",
         "prepare.field_template": "{value}",
     }
-    given = columns | {"model.item_llm": {"backbone": backbone, "layers": 1}} | sets
+    given = columns | {"hllm.item_llm": {"backbone": backbone, "layers": 1}} | sets
     return Prepared.open(
         run_steps(world.tiny_settings(folder, source, **given), "ingest", "validate", "prepare")
     )

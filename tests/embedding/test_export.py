@@ -123,7 +123,7 @@ def test_item_vectors_of_another_catalogue_are_refused(trained: Trained, tmp_pat
 
 def exported(folder: Path, source: TinySource) -> tuple[Settings, Path]:
     """ID-based, which is the quicker family, and the one that alignment by number would hurt most."""
-    settings = tiny_settings(folder, source, **{"model.family": "sasrec", "train.sasrec.steps": 1})
+    settings = tiny_settings(folder, source, **{"model.family": "sasrec", "sasrec.stage1.steps": 1})
     names = ["ingest", "validate", "prepare", "train-sasrec-1", "embed-sasrec-1", "embed-sasrec-3"]
     return settings, run_steps(settings, *names)
 

@@ -12,7 +12,7 @@ import torch
 from hllm.data.prepared import Prepared
 from hllm.embedding.items import ItemVectors, batches_by_tokens, embed_items
 from hllm.errors import DataError
-from hllm.models.items import TextItems
+from hllm.models.hllm.items import TextItems
 from hllm.models.load import load_item_model
 from hllm.pipeline import Context, steps
 from hllm.work.artifacts import Store

@@ -143,7 +143,7 @@ def test_a_package_is_replaced_whole(tmp_path: Path, trained: Trained, package: 
 
 def test_a_model_that_reads_times_is_given_them(tmp_path: Path, tiny_source: TinySource):
     settings = tiny_settings(
-        tmp_path, tiny_source, **{"model.family": "hstu", "model.baselines": [], "train.hstu.steps": 2}
+        tmp_path, tiny_source, **{"model.family": "hstu", "model.baselines": [], "hstu.stage1.steps": 2}
     )
     steps = ["ingest", "validate", "prepare", "train-hstu-1", "embed-hstu-1", "embed-hstu-3"]
     folder = run_steps(settings, *steps)

@@ -56,11 +56,11 @@ def judging(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     sets = {
         "data.columns.label": "label",
-        "model.objective": request.param,
-        "model.user_features.time": "day",
-        "model.user_features.item_id": True,
+        "hllm.objective": request.param,
+        "hllm.user_features.time": "day",
+        "hllm.user_features.item_id": True,
         "embed.max_history": 12,
-        "train.stage2.evaluate_every": 2,
+        "hllm.stage2.evaluate_every": 2,
         "model.baselines": ["sasrec"],
     }
     settings = tiny_settings(folder, write_labelled_source(folder / "source"), **sets)
@@ -243,6 +243,6 @@ def test_a_generative_model_has_no_probabilities_and_says_so(trained: Trained):
 
 
 def test_a_log_without_labels_cannot_train_it(tmp_path: Path, tiny_source: TinySource):
-    settings = tiny_settings(tmp_path, tiny_source, **{"model.objective": "late_fusion"})
+    settings = tiny_settings(tmp_path, tiny_source, **{"hllm.objective": "late_fusion"})
     with pytest.raises(DataError, match="0 have label 0, 0 have label 1"):
         run_steps(settings, "ingest", "validate", "prepare", "train-hllm-1")

@@ -83,7 +83,7 @@ def test_the_order_of_events_matters(parts):
 def test_a_history_longer_than_sasrec_was_trained_on_counts_by_its_last_events(trained: Trained):
     model = load_user_model(trained["train-sasrec-1"])
     items = ItemVectors.open(trained["embed-sasrec-1"]).matrix()
-    known = trained.settings.train.sasrec.history_length
+    known = trained.settings.sasrec.stage1.history_length
     events = np.arange(3 * known) % len(items)
     starts, lengths = np.array([0, 2 * known]), np.array([3 * known, known])
     whole, last = vectors_of_histories(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hllm.evaluation.metrics import evaluate_ranks
-from hllm.evaluation.ranking import HeldOut, rank_by_vectors
+from hllm.models.common.ranking import HeldOut, rank_by_vectors
 from tests.evaluation.world import prepare, random_histories, unit
 
 CUTOFFS = (1, 5, 10, 40)

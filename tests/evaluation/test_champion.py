@@ -8,7 +8,7 @@ import pytest
 from hllm.evaluation.evaluate import evaluate_package
 from hllm.evaluation.measure import measure
 from hllm.evaluation.rank_table import read_ranks, write_ranks
-from hllm.evaluation.ranking import HeldOut, rank_by_popularity, rank_by_vectors, training_counts
+from hllm.models.common.ranking import HeldOut, rank_by_popularity, rank_by_vectors, training_counts
 from hllm.settings import Settings
 from tests.evaluation.world import SmallPackage, prepare, random_histories, unit
 

@@ -22,10 +22,10 @@ from hllm.evaluation.labelled import (
     measure_labelled,
     one_class_users,
     read_scores,
-    simple_scores,
+    untrained_scores,
     write_scores,
 )
-from hllm.evaluation.ranking import HeldOut, training_counts
+from hllm.models.common.ranking import HeldOut, training_counts
 from hllm.settings import Settings
 from tests.evaluation.world import SmallPackage, prepare, random_histories, unit
 
@@ -51,7 +51,8 @@ def test_only_events_with_a_label_are_judged_and_everybody_is_counted(prepared: 
     labels, users = prepared.event_labels[judged.positions_R], judged.users_R
     assert set(labels.tolist()) == {0, 1}
     assert len(judged) < len(HeldOut.of(prepared, "test"))
-    scores = {"hllm-2": np.random.default_rng(0).random(len(judged)), **simple_scores(prepared, judged)}
+    scores = {"hllm-2": np.random.default_rng(0).random(len(judged))}
+    scores |= untrained_scores(SETTINGS, prepared, judged)
     found = measure_labelled(SETTINGS, prepared, judged, scores, "hllm-2")
     assert (found["rows"], found["liked"]) == (len(labels), labels.sum())
     both = [user for user in np.unique(users) if len(set(labels[users == user])) == 2]
@@ -102,7 +103,7 @@ def test_other_models_are_judged_by_the_score_that_they_rank_with(prepared: Prep
         cosines(users, items, judged), (users * items[judged.targets_R]).sum(1), atol=1e-6
     )
     assert (
-        simple_scores(prepared, judged)["popular"].tolist()
+        untrained_scores(SETTINGS, prepared, judged)["popular"].tolist()
         == training_counts(prepared)[judged.targets_R].tolist()
     )
 

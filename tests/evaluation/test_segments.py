@@ -11,8 +11,8 @@ from hllm.data.engine import duck
 from hllm.data.histories import number_and_sort, write_events
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.data.splits import write_splits
-from hllm.evaluation.ranking import HeldOut, training_counts
 from hllm.evaluation.segments import segments, split
+from hllm.models.common.ranking import HeldOut, training_counts
 from hllm.settings import Evaluation, Prepare
 from tests.evaluation.world import prepare, write_table
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 
-from hllm.pipeline import embed_name, keys, settings_of, steps
+from hllm.models.family import family
+from hllm.pipeline import export_step, keys, settings_of, steps
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest, Store
 from tests import world
-from tests.features.world import prepared_registry
+from tests.features.world import linked, prepared_registry
 
 DAY = 86_400
 
@@ -72,8 +73,12 @@ def register(settings: Settings, trained: Any) -> int:
         decided |= tracking.flatten(settings_of(step, trained.settings))
     tracking.log_params(registry, run, decided)
     tracking.log_tags(registry, run, {f"hllm.output.{name}": key for name, key in found.items()})
-    name, model = embed_name("hllm", 3), settings.mlflow.model_name
-    export = Store(trained.settings.run.root).location(name, found[name])
+    name, model = export_step(family("hllm")), settings.mlflow.model_name
+    for step, key in found.items():
+        made = Store(trained.settings.run.root).folder(step, key)
+        if made.exists():
+            linked(settings, made)
+    export = Store(settings.run.root).location(name, found[name])
     with contextlib.suppress(MlflowException):
         registry.create_registered_model(model)
     tags = {

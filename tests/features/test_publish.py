@@ -14,7 +14,16 @@ import pytest
 
 from hllm.errors import ConfigError, DataError
 from hllm.features.publish import publication_folder, publish
-from tests.features.world import ODD_IDS, online, register, settings_for, tags_of, vectors, write_export
+from tests.features.world import (
+    ODD_IDS,
+    linked,
+    online,
+    register,
+    settings_for,
+    tags_of,
+    vectors,
+    write_export,
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +143,10 @@ def test_the_registry_holds_the_affinity_as_text_and_no_pickle(published):
     assert all(function.body_text.startswith("def affinity(") for function in functions)
 
 
-def test_a_version_is_never_overwritten_by_other_data(published, tmp_path):
+def test_a_version_is_never_overwritten_by_other_data(published):
     from hllm.registry.versions import set_tags
 
-    other = write_export(tmp_path / "embed-hllm-3" / "other", seed=7)
+    other = write_export(Path(published.run.root) / "embed-hllm-3" / "other", seed=7)
     first = tags_of(published, 1)["export"]
     set_tags(published, 1, {"export": str(other)})
     with pytest.raises(DataError, match="already holds the vectors of another export"):
@@ -206,7 +215,7 @@ def test_killed_in_the_middle_then_again_equals_an_uninterrupted_publication(tmp
     whole = whole.model_copy(update={"run": whole.run.model_copy(update={"root": str(tmp_path / "whole")})})
     from hllm.registry.versions import set_tags
 
-    set_tags(settings, version, {"publication": "absent"})
+    set_tags(settings, version, {"publication": "absent", "export": str(linked(whole, export))})
     publish(whole, str(version))
     assert _rows(settings.feast.online_url) == _rows(whole.feast.online_url)
     for name in ("hllm_user_v1", "hllm_item_v1"):

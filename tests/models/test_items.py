@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hllm.models.common.backbone import build_decoder
-from hllm.models.items import CachedItems, IdItems, TextItems
-from hllm.settings import Decoder
+from hllm.models.common.items import CachedItems, IdItems
+from hllm.models.common.settings import Decoder
+from hllm.models.hllm.items import TextItems
 
 TEXTS = [
     b"Toy Story",
@@ -146,7 +147,7 @@ def test_what_a_frozen_tower_remembers_does_not_depend_on_the_order_in_which_it_
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Otherwise a run that was killed and continued would differ in the last bits from one that was not."""
-    monkeypatch.setattr("hllm.models.items.READ_TOGETHER", 2)
+    monkeypatch.setattr("hllm.models.hllm.items.READ_TOGETHER", 2)
     found = []
     for order in ([[5, 1], [0, 2, 3, 4, 6]], [[6], [4, 3], [0, 1, 2, 5]]):
         items = text_items(vector="mean")

@@ -19,8 +19,8 @@ from hllm.errors import ConfigError, DataError
 from hllm.models.common.history import History
 from hllm.models.common.packing import Packing
 from hllm.models.common.recommender import Recommender
+from hllm.models.hstu.user import HSTUUser
 from hllm.models.load import (
-    ID_USERS,
     family_of,
     load_item_model,
     load_user_model,
@@ -29,6 +29,7 @@ from hllm.models.load import (
     save_model,
     width_of,
 )
+from hllm.models.sasrec.user import SASRecUser
 from hllm.settings import Settings, Stage
 from hllm.settings import load as load_settings
 from hllm.training.batches import Batches
@@ -71,7 +72,7 @@ def user_vectors(user: torch.nn.Module, width: int) -> torch.Tensor:
 def test_a_loaded_model_gives_the_same_vectors(
     tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, family: str, whiten: bool
 ):
-    model = moved(new_model(tiny_settings(**{"model.whiten": whiten}), family, prepared))
+    model = moved(new_model(tiny_settings(**{"hllm.whiten": whiten}), family, prepared))
     save_model(model, family, tmp_path)
     items, user = load_item_model(tmp_path, prepared), load_user_model(tmp_path)
     assert not items.training
@@ -90,17 +91,17 @@ def test_the_mean_over_no_text_is_refused_by_name(
     offsets[4:] -= offsets[4] - offsets[3]
     empty = dataclasses.replace(prepared, token_offsets=offsets, token_ids=prepared.token_ids[: offsets[-1]])
     write_table(prepared.folder / "items.parquet", item_id=[f"film {n}" for n in range(prepared.items)])
-    new_model(tiny_settings(**{"model.item_vector": "item_token"}), "hllm", empty)
+    new_model(tiny_settings(**{"hllm.item_vector": "item_token"}), "hllm", empty)
     with pytest.raises(DataError, match=rf"items have no text.*\(1 of {prepared.items}\) \(e.g. 'film 3'\)"):
-        new_model(tiny_settings(**{"model.item_vector": "mean"}), "hllm", empty)
+        new_model(tiny_settings(**{"hllm.item_vector": "mean"}), "hllm", empty)
 
 
 def test_whitening_starts_from_the_catalogue_and_spreads_its_vectors(
     tiny_settings: TinySettings, prepared: Prepared
 ):
     with torch.no_grad():
-        plain = new_model(tiny_settings(**{"model.whiten": False}), "hllm", prepared).items(ITEMS)
-        white = new_model(tiny_settings(**{"model.whiten": True}), "hllm", prepared).items(ITEMS)
+        plain = new_model(tiny_settings(**{"hllm.whiten": False}), "hllm", prepared).items(ITEMS)
+        white = new_model(tiny_settings(**{"hllm.whiten": True}), "hllm", prepared).items(ITEMS)
     assert white.mean(0).norm() < 0.5 * plain.mean(0).norm()
 
 
@@ -151,7 +152,7 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(
 def test_towers_of_different_widths_meet_in_the_items_space(
     tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, item_width: int
 ):
-    model = moved(new_model(tiny_settings(**{"model.item_llm.width": item_width}), "hllm", prepared))
+    model = moved(new_model(tiny_settings(**{"hllm.item_llm.width": item_width}), "hllm", prepared))
     found = user_vectors(model.user, item_width)
     assert found.shape == (12, item_width)
     save_model(model, "hllm", tmp_path)
@@ -161,7 +162,7 @@ def test_towers_of_different_widths_meet_in_the_items_space(
 def test_a_model_that_knows_times_and_items_is_saved_with_what_it_knows(
     tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared
 ):
-    features = {"model.user_features.time": "hour", "model.user_features.item_id": True}
+    features = {"hllm.user_features.time": "hour", "hllm.user_features.item_id": True}
     model = moved(new_model(tiny_settings(**features), "hllm", prepared))
     save_model(model, "hllm", tmp_path)
     torch.testing.assert_close(user_vectors(load_user_model(tmp_path), 32), user_vectors(model.user, 32))
@@ -170,7 +171,7 @@ def test_a_model_that_knows_times_and_items_is_saved_with_what_it_knows(
 def test_features_leave_a_pretrained_user_llm_undisturbed_at_first(
     tiny_settings: TinySettings, prepared: Prepared
 ):
-    features = {"model.user_features.time": "second", "model.user_features.item_id": True}
+    features = {"hllm.user_features.time": "second", "hllm.user_features.item_id": True}
     plain = new_model(tiny_settings(), "hllm", prepared).user
     featured = new_model(tiny_settings(**features), "hllm", prepared).user
     featured.decoder.load_state_dict(plain.decoder.state_dict())
@@ -181,7 +182,7 @@ def test_features_leave_a_pretrained_user_llm_undisturbed_at_first(
 def test_a_frozen_tower_stays_as_it_was_and_the_other_learns(
     tiny_settings: TinySettings, prepared: Prepared, tower: str
 ):
-    model = new_model(tiny_settings(**{f"model.{tower}.frozen": True}), "hllm", prepared)
+    model = new_model(tiny_settings(**{f"hllm.{tower}.frozen": True}), "hllm", prepared)
     stage = Stage(batch_size=2, negatives=4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=0.1)
@@ -197,13 +198,13 @@ def test_an_encoder_reads_items_but_no_histories(
     tiny_settings: TinySettings, prepared: Prepared, tmp_path: Path
 ):
     encoder = {"backbone": MINILM, "pretrained": False, "layers": 1}
-    settings = tiny_settings(**{"model.item_llm": encoder, "model.item_vector": "mean"})
+    settings = tiny_settings(**{"hllm.item_llm": encoder, "hllm.item_vector": "mean"})
     model = moved(new_model(settings, "hllm", prepared)).train()
     save_model(model, "hllm", tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(load_item_model(tmp_path, prepared)(ITEMS), model.items(ITEMS))
     with pytest.raises(ConfigError, match="is an encoder: it would see the events"):
-        new_model(tiny_settings(**{"model.user_llm": encoder}), "hllm", prepared)
+        new_model(tiny_settings(**{"hllm.user_llm": encoder}), "hllm", prepared)
 
 
 def test_what_a_frozen_encoder_is_trained_on_is_what_is_served(
@@ -211,7 +212,7 @@ def test_what_a_frozen_encoder_is_trained_on_is_what_is_served(
 ):
     """BERT's own dropout must not get into the vectors that are remembered, nor into their whitening."""
     encoder = {"backbone": MINILM, "pretrained": False, "layers": 2, "frozen": True}
-    sets = {"model.item_llm": encoder, "model.item_vector": "mean", "model.whiten": True}
+    sets = {"hllm.item_llm": encoder, "hllm.item_vector": "mean", "hllm.whiten": True}
     model = new_model(tiny_settings(**sets), "hllm", prepared).train()
     save_model(model, "hllm", tmp_path)
     served = load_item_model(tmp_path, prepared)
@@ -226,7 +227,7 @@ def test_what_a_frozen_encoder_is_trained_on_is_what_is_served(
 def test_a_model_that_judges_is_saved_with_what_it_judges_by(
     tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, objective: str
 ):
-    settings = tiny_settings(**{"model.objective": objective, "model.user_features.time": "day"})
+    settings = tiny_settings(**{"hllm.objective": objective, "hllm.user_features.time": "day"})
     first = moved(new_model(settings, "hllm", prepared))
     save_model(first, "hllm", tmp_path)
     with torch.no_grad():
@@ -246,7 +247,7 @@ def test_a_model_that_judges_is_saved_with_what_it_judges_by(
 
 def test_dropout_is_for_training_alone(tiny_settings: TinySettings, prepared: Prepared):
     plain = new_model(tiny_settings(), "hllm", prepared)
-    dropped = new_model(tiny_settings(**{"model.dropout": 0.5}), "hllm", prepared)
+    dropped = new_model(tiny_settings(**{"hllm.dropout": 0.5}), "hllm", prepared)
     dropped.load_state_dict(plain.state_dict())
     batch = Batches(prepared, 8, 2, 4, seed=1)[0]
     losses = [float(model.eval().loss(batch).detach()) for model in (plain, dropped)]
@@ -263,7 +264,7 @@ def test_an_untrained_user_llm_starts_near_the_latest_item(
     tiny_settings: TinySettings, prepared: Prepared, width: int
 ):
     """Texts say what is alike before anything is learned; random layers must not drown that."""
-    settings = tiny_settings(**{"model.user_llm": {"width": width, "heads": 2, "layers": 2}})
+    settings = tiny_settings(**{"hllm.user_llm": {"width": width, "heads": 2, "layers": 2}})
     model = new_model(settings, "hllm", prepared).eval()
     items = np.arange(30)
     with torch.no_grad():
@@ -299,10 +300,10 @@ def test_every_decoder_serves_as_either_tower_and_comes_back_from_disk(
 ):
     BACKBONES[name].save_pretrained(tmp_path / "backbone")
     towers = {
-        f"model.{tower}": {"backbone": str(tmp_path / "backbone"), "layers": layers}
+        f"hllm.{tower}": {"backbone": str(tmp_path / "backbone"), "layers": layers}
         for tower, layers in (("item_llm", 2), ("user_llm", 1))
     }
-    settings = tiny_settings(**towers, **{"model.objective": objective})
+    settings = tiny_settings(**towers, **{"hllm.objective": objective})
     model = new_model(settings, "hllm", prepared)
     batch = Batches(prepared, 8, 2, 4, seed=1)[0]
     labels = np.resize(np.array([0, 1], np.int8), len(batch.targets_T))
@@ -325,8 +326,9 @@ def test_every_decoder_serves_as_either_tower_and_comes_back_from_disk(
 def test_an_id_based_model_as_large_as_an_llm_is_a_matter_of_settings():
     """The "-1B" rows of the paper; its parameters are counted without their memory."""
     settings = load_settings(CONFIGS / "experiments" / "id-models-1b.toml", environ={})
-    for family, users in ID_USERS.items():
-        shape, longest = settings.at(f"model.{family}"), settings.at(f"train.{family}.history_length")
+    for family, users in {"sasrec": SASRecUser, "hstu": HSTUUser}.items():
+        shape = settings.at(family)
+        longest = shape.stage1.history_length
         with torch.device("meta"):
             user = users(shape.width, shape.layers, shape.heads, shape.dropout, longest)
         assert 1.0e9 < sum(parameter.numel() for parameter in user.parameters()) < 1.2e9, family

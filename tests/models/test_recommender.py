@@ -11,12 +11,13 @@ import torch.nn.functional as F
 
 from hllm.models.common.backbone import build_decoder
 from hllm.models.common.history import History
+from hllm.models.common.items import IdItems
 from hllm.models.common.packing import Packing
 from hllm.models.common.recommender import Batch, Recommender, info_nce, no_negatives
+from hllm.models.common.settings import Decoder
 from hllm.models.hllm.features import EventFeatures
-from hllm.models.items import IdItems
-from hllm.models.users import DecoderUser, SASRecUser
-from hllm.settings import Decoder
+from hllm.models.hllm.users import DecoderUser
+from hllm.models.sasrec.user import SASRecUser
 
 
 def vectors(*shape: int, seed: int) -> torch.Tensor:

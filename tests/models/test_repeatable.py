@@ -10,13 +10,16 @@ import torch
 
 from hllm.models.common.backbone import build_decoder
 from hllm.models.common.history import History
+from hllm.models.common.items import IdItems
 from hllm.models.common.packing import Packing
 from hllm.models.common.recommender import Batch, Recommender
+from hllm.models.common.settings import Decoder
 from hllm.models.hllm.features import EventFeatures
+from hllm.models.hllm.items import TextItems
+from hllm.models.hllm.model import HLLM
+from hllm.models.hllm.users import DecoderUser
 from hllm.models.hstu.user import HSTUUser
-from hllm.models.items import IdItems, TextItems
-from hllm.models.users import DecoderUser, SASRecUser
-from hllm.settings import Decoder
+from hllm.models.sasrec.user import SASRecUser
 
 ITEMS, WINDOWS, LENGTH, WIDTH = 60, 48, 24, 64
 """Large enough for PyTorch to share every operation over threads."""
@@ -45,9 +48,9 @@ def llm(objective: str = "generative") -> DecoderUser:
 MODELS: dict[str, Callable[[], Recommender]] = {
     "sasrec": lambda: Recommender(IdItems(ITEMS, WIDTH), SASRecUser(WIDTH, 1, 2, 0.0, LENGTH), 0.07),
     "hstu": lambda: Recommender(IdItems(ITEMS, WIDTH), HSTUUser(WIDTH, 1, 2, 0.0, LENGTH), 0.07),
-    "hllm": lambda: Recommender(texts(), llm(), 0.07),
-    "early fusion": lambda: Recommender(texts(), llm("early_fusion"), 0.07),
-    "late fusion": lambda: Recommender(texts(), llm("late_fusion"), 0.07),
+    "hllm": lambda: HLLM(texts(), llm(), 0.07),
+    "early fusion": lambda: HLLM(texts(), llm("early_fusion"), 0.07),
+    "late fusion": lambda: HLLM(texts(), llm("late_fusion"), 0.07),
 }
 
 

@@ -21,11 +21,11 @@ from transformers import AutoModel, BertConfig, PreTrainedConfig
 
 from hllm.models.common import packing
 from hllm.models.common.backbone import layers_of
+from hllm.models.common.items import IdItems
 from hllm.models.common.packing import Packing, packed_attention, run_packed, run_packed_to_last
 from hllm.models.common.recommender import Recommender
 from hllm.models.hstu.user import HSTUUser
-from hllm.models.items import IdItems
-from hllm.models.users import SASRecUser
+from hllm.models.sasrec.user import SASRecUser
 from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.train import prepare_layers

@@ -323,7 +323,7 @@ def test_versions_are_found_by_number_alias_and_pipeline(settings: Settings) -> 
     stand(settings)
     assert versions.registered_version(settings, "1").version == 1
     found = versions.registered_version(settings, "candidate")
-    assert (found.version, found.export_step, found.export_key) == (2, "embed-hllm-3", "key2")
+    assert (found.version, found.output(settings)) == (2, ("embed-hllm-3", "key2"))
     by_pipeline = versions.version_of_pipeline(settings, "pipeline1")
     assert by_pipeline is not None
     assert by_pipeline.version == 1

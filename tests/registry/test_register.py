@@ -68,7 +68,7 @@ def test_a_candidate_stands_with_everything_a_reviewer_needs(pipeline: Callable[
     assert info.tags["family"] == "hllm"
     assert info.tags["width"] == "32"
     assert info.tags["pipeline"] == pipeline_key(keys(settings))
-    assert (info.export_step, info.export_key) == ("embed-hllm-3", keys(settings)["embed-hllm-3"])
+    assert info.output(settings) == ("embed-hllm-3", keys(settings)["embed-hllm-3"])
     assert len(info.tags["git_commit"]) >= 6
     for tag in ("data_digest", "settings_digest", "report"):
         assert info.tags[tag]
@@ -80,14 +80,14 @@ def test_a_candidate_stands_with_everything_a_reviewer_needs(pipeline: Callable[
         "What to look at",
         "items",
     ):
-        assert words in info.description.replace("most-popular", "popular"), info.description
+        assert words in info.description.replace("most popular", "popular"), info.description
     client = server.client(settings)
     files = {entry.path for entry in client.list_artifacts(registered.run_id)}
     assert {"report.html", "validation.json", "metrics.json"} <= files
     parent = client.get_run(registered.run_id)
     assert parent.info.status == "FINISHED"
     assert "hllm-2/ndcg_at_10" in parent.data.metrics
-    assert parent.data.params["train.stage1.steps"] == "4"
+    assert parent.data.params["hllm.stage1.steps"] == "4"
     assert len(parent.inputs.dataset_inputs) == 1
     record = Store(settings.run.root).folder("register", info.tags["pipeline"])
     assert json.loads((record / "registered.json").read_text())["version"] == 1
@@ -275,14 +275,14 @@ def test_everything_after_the_evaluation_is_a_run_of_the_pipeline_and_in_the_pla
 def test_a_failed_gate_is_an_error_after_the_version_stands_and_says_why(
     pipeline: Callable[..., Settings],
 ) -> None:
-    settings = pipeline(**{"gate.min_vs_popular": 1000.0})
+    settings = pipeline(**{"gate.min_vs.popular": 1000.0})
     for _ in range(2):
         with pytest.raises(GateError, match="version 1 did not pass") as error:
             register(settings)
         assert error.value.exit_code == 66
     info = versions.registered_version(settings)
     assert info.tags["gate"] == "failed"
-    assert "1000 x most-popular" in info.tags["gate_reasons"]
+    assert "1000 x most popular" in info.tags["gate_reasons"]
     assert "Gate FAILED" in info.description
     assert info.aliases == ()
     # Another threshold is another judgement of the same version.
@@ -319,7 +319,7 @@ def test_a_decided_version_is_left_alone(pipeline: Callable[..., Settings]) -> N
     publish(settings, register(settings).version)
     promote(settings, "1", by="ada")
     before = versions.registered_version(settings)
-    assert register(pipeline(**{"gate.min_vs_popular": 1000.0})).passed
+    assert register(pipeline(**{"gate.min_vs.popular": 1000.0})).passed
     assert versions.registered_version(settings) == before
 
 

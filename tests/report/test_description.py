@@ -7,8 +7,8 @@ import pytest
 
 from hllm.evaluation.gate import judge
 from hllm.evaluation.measure import compare, entry, measure
-from hllm.evaluation.ranking import HeldOut, Ranks
 from hllm.evaluation.segments import segments
+from hllm.models.common.ranking import HeldOut, Ranks
 from hllm.report.description import describe
 from hllm.report.figures import comparisons
 from hllm.settings import Settings

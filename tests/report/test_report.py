@@ -15,8 +15,8 @@ from hllm.errors import DataError
 from hllm.evaluation.examples import examples
 from hllm.evaluation.gate import judge
 from hllm.evaluation.measure import compare, entry, measure
-from hllm.evaluation.ranking import HeldOut, rank_by_popularity, rank_by_vectors, training_counts
 from hllm.evaluation.segments import segments
+from hllm.models.common.ranking import HeldOut, rank_by_popularity, rank_by_vectors, training_counts
 from hllm.pipeline import keys
 from hllm.report import write_report
 from hllm.report.charts import forest, nice_ticks, place_labels
@@ -164,7 +164,7 @@ def test_links_that_would_run_something_are_left_out(tmp_path, pieces):
 @pytest.mark.parametrize(("threshold", "sign", "colour"), [(0.0, "✓", "passed"), (99.0, "✗", "failed")])
 def test_the_verdict_comes_first_with_every_reason(tmp_path, pieces, threshold, sign, colour):
     settings = Settings.model_validate(
-        {"gate": {"min_vs_popular": threshold, "min_vs_champion": 0}, "evaluation": {"bootstrap": 50}}
+        {"gate": {"min_vs": {"popular": threshold}, "min_vs_champion": 0}, "evaluation": {"bootstrap": 50}}
     )
     html, verdict = page(tmp_path, pieces, settings)
     text = Page(html).text

@@ -23,7 +23,7 @@ def package_of(folder: Path, objective: str, time: str = "") -> Path:
     model = {"objective": objective, "item_llm": {"width": 16}, "user_llm": {"width": 16}}
     model |= {"user_features": {"time": time, "time_width": 4}}
     prepared = prepared_of(folder, [4, 6], items=9)
-    recommender = new_model(Settings.model_validate({"model": model}), "hllm", prepared).eval()
+    recommender = new_model(Settings.model_validate({"hllm": model}), "hllm", prepared).eval()
     if time:  # as if it had learned something of it
         torch.nn.init.normal_(recommender.user.features.time.outer.weight)
     (folder / "train").mkdir()

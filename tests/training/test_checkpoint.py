@@ -106,15 +106,15 @@ def test_a_killed_training_continues_on_another_machine_and_ends_bit_for_bit_the
     capsys: pytest.CaptureFixture[str],
 ):
     sets: dict[str, Any] = {
-        "train.stage1.steps": 8,
-        "train.stage1.checkpoint_minutes": 1e-6,
-        "train.stage1.accumulate": 2,
-        "model.user_features.time": "hour",
-        "model.user_features.item_id": True,
-        "model.item_llm.lora_rank": 2,
-        "model.user_llm.lora_rank": 2,
-        "model.whiten": True,
-        "model.dropout": 0.1,
+        "hllm.stage1.steps": 8,
+        "hllm.stage1.checkpoint_minutes": 1e-6,
+        "hllm.stage1.accumulate": 2,
+        "hllm.user_features.time": "hour",
+        "hllm.user_features.item_id": True,
+        "hllm.item_llm.lora_rank": 2,
+        "hllm.user_llm.lora_rank": 2,
+        "hllm.whiten": True,
+        "hllm.dropout": 0.1,
     }
     local = tiny_settings(**sets)
     whole = file_digests(run_steps(local, "ingest", "validate", "prepare", "train-hllm-1"))

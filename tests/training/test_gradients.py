@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hllm.data.prepared import Prepared
+from hllm.models.common.items import CachedItems, IdItems
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import CachedItems, IdItems
-from hllm.models.users import SASRecUser
+from hllm.models.sasrec.user import SASRecUser
 from hllm.training.batches import Batches
 from hllm.training.gradients import Computation, backpropagate
 from hllm.work.ranks import joined, place, total

@@ -16,9 +16,10 @@ from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
 from hllm.models.common.backbone import build_decoder
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import TextItems
-from hllm.models.users import SASRecUser
-from hllm.settings import Decoder, Stage
+from hllm.models.common.settings import Decoder
+from hllm.models.hllm.items import TextItems
+from hllm.models.sasrec.user import SASRecUser
+from hllm.settings import Stage
 from hllm.training.batches import Batches
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import Trained, fit, share_of_peak

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from hllm.data.prepared import Prepared
 from hllm.embedding.scores import judges
 from hllm.errors import Terminated
+from hllm.models.common.items import CachedItems
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import CachedItems
-from hllm.models.load import ID_USERS, new_model
+from hllm.models.hllm.model import HLLM
+from hllm.models.load import new_model
 from hllm.settings import Settings
 from hllm.training.train import prepare_layers, validation_auc, validation_ndcg
 from hllm.work.ranks import joined, place
@@ -42,8 +43,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "towers-of-two-widths": ({"item_llm": {"width": 24}, "item_vector": "mean"}, {}),
     "computed-again": ({"objective": "early_fusion", **ADAPTED}, {"gradient_checkpointing": True}),
     "second-stage": ({**FEATURES, "user_llm": {"lora_rank": 2}}, {}),
-    "sasrec": ({"sasrec": SHAPE}, {}),
-    "hstu": ({"hstu": SHAPE}, {}),
+    "sasrec": (SHAPE, {}),
+    "hstu": (SHAPE, {}),
     "all-at-once": (LATE_AND_ALL, {"accumulate": 2}),
 }
 """Settings of the model and of its stage."""
@@ -55,12 +56,12 @@ def labelled_events(folder: Path) -> Prepared:
 
 def model_of(kind: str, data: Prepared) -> Recommender:
     model, stage = KINDS[kind]
-    if kind in ID_USERS:
-        return new_model(Settings.model_validate({"model": model}), kind, data)
+    if kind in ("sasrec", "hstu"):
+        return new_model(Settings.model_validate({kind: model}), kind, data)
     built = tiny_hllm(data, **model)
     if kind == "second-stage":
         vectors = built.item_vectors(np.arange(data.items)).detach().numpy()
-        return Recommender(CachedItems(vectors), built.user, 0.07)
+        return HLLM(CachedItems(vectors), built.user, 0.07)
     prepare_layers(built, STAGE.model_copy(update=stage))
     return built
 

@@ -17,12 +17,15 @@ import torch
 
 from hllm.data.prepared import Prepared, write_arrays
 from hllm.models.common.backbone import build_decoder
+from hllm.models.common.items import IdItems
 from hllm.models.common.lora import choose_what_learns
 from hllm.models.common.recommender import Recommender
-from hllm.models.items import IdItems, TextItems
+from hllm.models.common.settings import Decoder
+from hllm.models.hllm.items import TextItems
+from hllm.models.hllm.users import DecoderUser
 from hllm.models.load import new_model
-from hllm.models.users import DecoderUser, SASRecUser
-from hllm.settings import Decoder, Settings
+from hllm.models.sasrec.user import SASRecUser
+from hllm.settings import Settings
 from tests.conftest import free_port
 
 FEATURES = {"user_features": {"time": "hour", "time_width": 4, "item_id": True}}
@@ -69,10 +72,10 @@ def tiny_llms(prepared: Prepared, layers: int = 2, lora_rank: int = 0) -> Recomm
 
 
 def tiny_hllm(prepared: Prepared, layers: int = 2, **model: Any) -> Recommender:
-    """What these settings of the section `model` make of two small random towers."""
+    """What these settings of the section `hllm` make of two small random towers."""
     tower = {"width": 16, "heads": 2, "layers": layers}
     towers = {name: tower | model.get(name, {}) for name in ("item_llm", "user_llm")}
-    return new_model(Settings.model_validate({"model": model | towers}), "hllm", prepared)
+    return new_model(Settings.model_validate({"hllm": model | towers}), "hllm", prepared)
 
 
 def labelled(prepared: Prepared) -> Prepared:

@@ -85,7 +85,7 @@ def test_the_plan_says_what_may_be_expected(
     tiny_settings: TinySettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prices = {"report.price_per_hour": 1.0, "report.price_per_gpu_hour": 3.0}
-    settings = tiny_settings(**prices, **{"train.stage1.steps": 400})
+    settings = tiny_settings(**prices, **{"hllm.stage1.steps": 400})
     store = Store(settings.run.root)
     store.finish(manifest("ingest", 100.0, {}, key="older", day=1))
     store.finish(manifest("ingest", 20.0, {}, day=2))

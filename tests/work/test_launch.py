@@ -28,10 +28,10 @@ from tests.world import TinySource, run_steps
 TWO = ("--set", "run.processes=2")
 SETS: dict[str, Any] = {
     "model.baselines": [],
-    "train.stage1.steps": 30,
-    "train.stage1.evaluate_every": 10,
-    "train.stage1.checkpoint_minutes": 1e-6,
-    "train.stage1.precision": "fp32",
+    "hllm.stage1.steps": 30,
+    "hllm.stage1.evaluate_every": 10,
+    "hllm.stage1.checkpoint_minutes": 1e-6,
+    "hllm.stage1.precision": "fp32",
     "embed.shard_items": 25,
     "embed.tokens_per_batch": 256,
     "gate.min_vs_champion": 0.0,
@@ -82,7 +82,7 @@ def test_steps_in_two_processes_are_stopped_continued_and_leave_one_output(world
 def test_the_error_of_one_process_is_the_error_of_the_command(world: World):
     """Weights that are no numbers: every process finds it out, and one line says so."""
     said = world.run(
-        *steps(world.settings)["train-hllm-1"].argv, *TWO, "--set", "train.stage1.lr=1e30", code=65
+        *steps(world.settings)["train-hllm-1"].argv, *TWO, "--set", "hllm.stage1.lr=1e30", code=65
     )
     last = (world.folder / "termination-log").read_text()
     assert "at step" in last, said

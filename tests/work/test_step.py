@@ -47,15 +47,15 @@ def test_a_setting_changes_the_keys_of_what_depends_on_it_and_of_nothing_else(
 ) -> None:
     before = keys(tiny_settings())
     assert keys(tiny_settings()) == before
-    assert changed(before, keys(tiny_settings(**{"gate.min_vs_popular": 0.5}))) == set()
+    assert changed(before, keys(tiny_settings(**{"gate.min_vs.popular": 0.5}))) == set()
     assert changed(before, keys(tiny_settings(**{"evaluation.bootstrap": 30}))) == {"evaluate"}
     prepare = changed(before, keys(tiny_settings(**{"prepare.max_tokens": 40})))
     assert prepare == set(before) - {"ingest", "validate"}
-    stage2 = changed(before, keys(tiny_settings(**{"train.stage2.lr": 0.5})))
+    stage2 = changed(before, keys(tiny_settings(**{"hllm.stage2.lr": 0.5})))
     assert {"train-hllm-2", "embed-hllm-3", "evaluate"} == stage2
     assert changed(before, keys(tiny_settings(**{"data.positive_rating": 3.5}))) == set(before)
     # Who fears for a machine saves more often, and goes on from what was saved.
-    frugal = {"train.stage1.checkpoint_minutes": 0.5, "train.sasrec.keep_checkpoints": 1}
+    frugal = {"hllm.stage1.checkpoint_minutes": 0.5, "sasrec.stage1.keep_checkpoints": 1}
     frugal |= {"data.batch_rows": 9}
     assert changed(before, keys(tiny_settings(**frugal))) == set()
     longer = {"embed.max_history": 33}
@@ -86,12 +86,12 @@ def test_a_share_of_the_users_changes_training_and_nothing_before_it(tiny_settin
 def test_the_history_that_validation_reads_belongs_to_the_model_it_chooses(
     tiny_settings: TinySettings,
 ) -> None:
-    chosen = {"train.stage2.evaluate_every": 2}
+    chosen = {"hllm.stage2.evaluate_every": 2}
     before = keys(tiny_settings(**chosen))
     after = keys(tiny_settings(**chosen, **{"embed.max_history": 33}))
     assert changed(before, after) == {"train-hllm-2", "embed-hllm-3", "evaluate"}
     # SASRec never reads more than it learned from.
-    chosen = {"train.sasrec.evaluate_every": 2, "train.sasrec.history_length": 8}
+    chosen = {"sasrec.stage1.evaluate_every": 2, "sasrec.stage1.history_length": 8}
     before, most, fewer = (
         keys(tiny_settings(**chosen, **{"embed.max_history": longest})) for longest in (33, 8, 7)
     )

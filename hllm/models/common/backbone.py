@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm.errors import ConfigError
-from hllm.settings import Decoder
+from hllm.models.common.settings import Decoder
 
 PACKAGE = "package:"
 BLOCKS, BLOCK = 16, 1 << 16
@@ -285,7 +285,7 @@ def _layers(settings: Decoder, config: Any) -> int:
 def _cut(config: Any) -> Any:
     """A configuration without quantisation (weights are plain), with per-layer lists as long as the stack,
     and without dropout of its own (BERT has some): an item must be the same vector while it is trained,
-    remembered, cached and served. `model.dropout` is the User LLM's, and put where it says."""
+    remembered, cached and served. `hllm.dropout` is the User LLM's, and put where it says."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if getattr(config, "layer_types", None):
@@ -322,3 +322,14 @@ def _quiet():  # type: ignore[no-untyped-def]
         yield
     finally:
         logging.getLogger("transformers").setLevel(level)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """The shape of a decoder as plain values; the vocabulary's size is that of the saved words."""
+    values = config.to_diff_dict()
+    values["model_type"] = config.model_type
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and name not in ("architectures", "dtype", "torch_dtype")
+    }

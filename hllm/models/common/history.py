@@ -35,3 +35,13 @@ class History:
     def without_times(cls, packing: Packing, items_T: npt.NDArray[np.int64]) -> History:
         unknown_T = np.full(packing.tokens, UNKNOWN_TIME)
         return cls(packing, items_T, unknown_T, unknown_T)
+
+
+def counted_back(packing: Packing, max_history: int) -> npt.NDArray[np.int64]:
+    """(T,) position of each event, the latest of its history at `max_history` - 1."""
+    if int(packing.lengths_S[-1]) > max_history:
+        raise ValueError(
+            f"a history of {packing.lengths_S[-1]} events, the model knows {max_history} positions"
+        )
+    lengths_T = packing.lengths_S[packing.sequence_T]
+    return max_history - lengths_T + packing.positions_T

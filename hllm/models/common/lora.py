@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hllm.errors import ConfigError
-from hllm.settings import Decoder
+from hllm.models.common.settings import Decoder
 
 SCALE = 2.0
 """What adapters add is multiplied by this, whatever their rank (alpha = 2 x rank)."""

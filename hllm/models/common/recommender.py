@@ -15,13 +15,6 @@ from torch import Tensor, nn
 
 from hllm.models.common.history import History
 from hllm.models.common.packing import Packing, on_device, ragged
-from hllm.models.hllm.fusion import classification
-from hllm.models.hllm.probes import Probes
-from hllm.models.hstu.user import HSTUUser
-from hllm.models.items import CachedItems, IdItems, TextItems
-from hllm.models.users import DecoderUser, SASRecUser
-
-UserModel = DecoderUser | SASRecUser | HSTUUser
 
 EXCLUDED = -1e4
 """A logit that weighs nothing, yet keeps the gradient finite where every negative is excluded."""
@@ -90,28 +83,22 @@ class Batch:
 
 
 class Recommender(nn.Module):
-    """Items and users in one space. HLLM = TextItems x DecoderUser (CachedItems in stage 2), SASRec = IdItems
-    x SASRecUser, HSTU = IdItems x HSTUUser."""
+    """Items and users in one space: an item side (`items`) and a user side (`user`), trained by InfoNCE."""
 
-    def __init__(
-        self,
-        items: TextItems | IdItems | CachedItems,
-        user: UserModel,
-        temperature: float,
-        generative_weight: float = 1.0,
-    ) -> None:
+    def __init__(self, items: Any, user: nn.Module, temperature: float) -> None:
         super().__init__()
         self.items, self.user = items, user
-        self.generative_weight = generative_weight
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
     def item_vectors(self, items_K: npt.NDArray[np.integer]) -> Tensor:
         """(K,) item indices -> (K, D), unit length."""
-        return self.items(items_K)
+        vectors_KD: Tensor = self.items(items_K)
+        return vectors_KD
 
     def user_vectors(self, vectors_TD: Tensor, history: History) -> Tensor:
         """(T, D) item vectors of packed histories -> (T, D) next-interest vectors, unit length."""
-        return self.user(vectors_TD, history)
+        outputs_TD: Tensor = self.user(vectors_TD, history)
+        return outputs_TD
 
     @property
     def scale(self) -> Tensor:
@@ -120,9 +107,9 @@ class Recommender(nn.Module):
         return bounded.exp()
 
     def loss(self, batch: Batch) -> Tensor:
-        """HLLM, section 3.3. Generative: L_gen, the mean InfoNCE over the batch's targets. Discriminative:
-        L_dis = lambda L_gen + L_cls, with lambda `generative_weight`. Every distinct item is encoded once."""
-        return self(batch, batch.distinct_K, self.item_vectors(batch.distinct_K))
+        """The loss of a whole batch; every distinct item is encoded once."""
+        loss: Tensor = self(batch, batch.distinct_K, self.item_vectors(batch.distinct_K))
+        return loss
 
     def forward(self, batch: Batch, distinct_K: npt.NDArray[np.int64], vectors_KD: Tensor) -> Tensor:
         """The loss of a batch, or a part's share of the whole's, from the vectors of all its items (and
@@ -133,16 +120,25 @@ class Recommender(nn.Module):
             F.embedding(on_device(np.searchsorted(distinct_K, items), device), vectors_KD)
             for items in (batch.history.items_T, batch.targets_T, batch.negatives_N)
         )
-        if isinstance(self.user, DecoderUser) and self.user.fusion is not None:
-            probes = Probes.of_targets(batch.history, batch.targets_T)
-            outputs_TD, logits_T = self.user.judge(history_TD, batch.history, targets_TD, probes)
-            judged = classification(logits_T, on_device(labels_of(batch), device)) * share_of_labels(batch)
-        else:
-            outputs_TD, judged = self.user_vectors(history_TD, batch.history), None
-        generated = info_nce(outputs_TD, targets_TD, negatives_ND, no_negatives(batch, device), self.scale)
+        return self.windows_loss(batch, history_TD, targets_TD, negatives_ND)
+
+    def windows_loss(
+        self, batch: Batch, history_TD: Tensor, targets_TD: Tensor, negatives_ND: Tensor
+    ) -> Tensor:
+        """The loss from the vectors of history, targets and negatives."""
+        return self.generative_loss(
+            batch, self.user_vectors(history_TD, batch.history), targets_TD, negatives_ND
+        )
+
+    def generative_loss(
+        self, batch: Batch, outputs_TD: Tensor, targets_TD: Tensor, negatives_ND: Tensor
+    ) -> Tensor:
+        """L_gen (HLLM, section 3.3): the mean InfoNCE over the batch's targets, or a part's share of it."""
+        excluded_TN = no_negatives(batch, outputs_TD.device)
+        generated = info_nce(outputs_TD, targets_TD, negatives_ND, excluded_TN, self.scale)
         if batch.whole is not None:
             generated = generated * (len(batch.targets_T) / len(batch.whole.targets_T))
-        return generated if judged is None else self.generative_weight * generated + judged
+        return generated
 
 
 class _Bounded(torch.autograd.Function):

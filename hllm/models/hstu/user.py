@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.models.common.history import UNKNOWN_TIME, History
+from hllm.models.common.history import UNKNOWN_TIME, History, counted_back
 from hllm.models.common.packing import Packing, on_device
-from hllm.models.users import counted_back
 
 BUCKETS = 129
 # T events of all histories, C histories of one length L, H heads, E width of a head, D vector width

@@ -1,8 +1,4 @@
-"""The item side of a model: an item index in, a unit vector out.
-
-`TextItems` reads texts with the Item LLM, `IdItems` looks an ID up, `CachedItems` looks up what was encoded
-before.
-"""
+"""The Item LLM: an item's text in, a unit vector out."""
 
 from __future__ import annotations
 
@@ -40,6 +36,9 @@ class TextItems(nn.Module):
     gradient, so the result is the same, and the optimizer need not walk over a vocabulary of 50,000 for a few
     thousand words.
     """
+
+    reads_texts = True
+    """An item costs a pass over its text: processes share the items of a batch, the longest apart."""
 
     def __init__(self, decoder: Any, whiten: bool = False, vector: str = "item_token") -> None:
         super().__init__()
@@ -164,39 +163,3 @@ class TextItems(nn.Module):
             state["words"] = self.all_words.clone()
             state["words"][self.used_words] = self.words.detach().to(self.all_words.device)
         return state
-
-
-class IdItems(nn.Module):
-    """An embedding table: what ID-based models know of an item."""
-
-    def __init__(self, items: int, width: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(items, width) * width**-0.5)
-        self.width = width
-
-    def forward(self, items_K: Items) -> Tensor:
-        """(K,) -> (K, D), unit length."""
-        return F.normalize(
-            F.embedding(on_device(np.asarray(items_K, dtype=np.int64), self.table.device), self.table),
-            dim=-1,
-        )
-
-    def full_state(self) -> dict[str, Tensor]:
-        return {name: value.detach() for name, value in self.state_dict().items()}
-
-
-class CachedItems(nn.Module):
-    """Vectors that a frozen item side made before (stage 2; HLLM, table 8): nothing here is trained, the Item
-    LLM is not even loaded."""
-
-    def __init__(self, vectors_ID: npt.NDArray[np.float32]) -> None:
-        super().__init__()
-        self.vectors = vectors_ID
-        self.width = vectors_ID.shape[1]
-        # Moves with the model, and so says where the vectors are wanted.
-        self.here: Tensor
-        self.register_buffer("here", torch.empty(0), persistent=False)
-
-    def forward(self, items_K: Items) -> Tensor:
-        """(K,) -> (K, D). The catalogue stays where it is, mapped from disk: only a batch's rows travel."""
-        return on_device(np.asarray(self.vectors[items_K], dtype=np.float32), self.here.device)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hllm.errors import DataError
-from hllm.evaluation.ranking import HeldOut, rank_by_popularity, rank_by_vectors, training_counts
+from hllm.models.common.ranking import HeldOut, rank_by_popularity, rank_by_vectors, training_counts
 from tests.evaluation.world import prepare, random_histories, unit
 
 

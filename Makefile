@@ -34,6 +34,9 @@ test: setup  ## the tests (no root, no server installed beforehand)
 test-slow: setup  ## the longer proofs
 	$(BIN)/pytest -m "slow and not cluster"
 
+chaos: setup  ## commands killed at any moment, full disks, flipped bits, broken stores; the same command mends it
+	$(BIN)/python -m tests.chaos --tries 125
+
 cluster-test: setup  ## the DAGs as pods in a real Kubernetes, and what goes wrong there (tests/cluster/run says what it needs)
 	tests/cluster/run $(BIN)/pytest
 
@@ -44,4 +47,4 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.PHONY: help setup demo ui stop test test-slow cluster-test bench lint
+.PHONY: help setup demo ui stop test test-slow chaos cluster-test bench lint

@@ -19,11 +19,11 @@ from tests.chaos.world import World
 View = dict[str, Any]
 UNSEEN = ("home/", "source/", "hllm.toml", "mlflow.db")
 """Caches, inputs, and the database that is read by its meaning."""
-UNTOLD = re.compile(r"(^|/)\.(used|digests\.jsonl)$|(^|/)\.[^/]*\.lock$|\.lock$|-(journal|wal|shm)$")
+UNTOLD = re.compile(r"(^|/)\.(used|digests\.jsonl)$|(^|/)\.[^/]*\.lock($|/)|\.lock$|-(journal|wal|shm)$")
 """Locks, marks of use, and what is remembered of digests: none of it is a result."""
 MEASURED = re.compile(r"seconds|usage/|/written$|_bytes$|_mb$|dataSourceClassType$|view_version_history$")
-"""What is never compared: two undisturbed runs may agree by chance. (The last two are
-Feast's own notes: it drops and numbers them each time it writes a registry.)"""
+"""What is never compared: two undisturbed runs may agree by chance. (The last two are Feast's own notes: it
+drops and numbers them each time it writes a registry.)"""
 OF_VERSIONS = {
     "model_version_tags": "name, version, key, value",
     "registered_model_tags": "name, key, value",
@@ -31,6 +31,7 @@ OF_VERSIONS = {
 }
 """Table -> what names a row, and its value."""
 RANDOM = (
+    (re.compile(r"\b[0-9a-f]{40}\b"), "<commit>"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "<id>"),
     (re.compile(r"\bm-<id>|\bm-[0-9a-f]{32}\b"), "<model>"),
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"), "<uuid>"),

@@ -83,9 +83,12 @@ class ForkServer:
         """Until it has ended; `after` so many seconds it is sent the signal `how`."""
         log, began = self.scratch / "output.log", time.monotonic()
         self._modules.unlink(missing_ok=True)
+        # This process's own handler must not run in the child: it would take the worlds down.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         child = os.fork()
         if child == 0:
             self._be(job, log)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         status, sent = 0, after is None
         while True:
             found, status = os.waitpid(child, os.WNOHANG)
@@ -125,6 +128,7 @@ class ForkServer:
         try:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)

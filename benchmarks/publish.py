@@ -56,12 +56,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         redis = stack.enter_context(Redis(folder))
-        write_export(folder / "export", "item", args.rows, args.width)
+        write_export(folder / "export" / "key", "item", args.rows, args.width)
         for store in WANTED:
             compare(store, folder, redis, args, figures)
         if args.large:
             redis.client.flushall()
-            write_export(folder / "large", "user", args.large, args.width)
+            write_export(folder / "large" / "key", "user", args.large, args.width)
             large(folder, redis, args, figures)
     figures.finish(args.figures)
 
@@ -160,7 +160,7 @@ def measure(what: str, folder: Path, place: str, batch: int) -> dict[str, float]
     store = open_store(settings)
     views = views_of(settings, 1, {})
     store.apply([*views.entities, views.users, views.items])
-    export = Export.open(folder / "export")
+    export = Export.open(folder / "export" / "key")
     forget_peak()
     before, started, cpu = resident(), time.perf_counter(), time.process_time()
     if writer == "feast":

@@ -21,7 +21,7 @@ from hllm.pipeline import execute, export_step, limit_threads
 from hllm.settings import Settings
 from hllm.work import launch
 from hllm.work.ranks import told
-from hllm.work.termination import leave, say, terminate, was_terminated
+from hllm.work.termination import leave, printable, say, terminate, was_terminated
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -157,12 +157,30 @@ def register(config: Config = None, set: Set = None, debug: Debug = False) -> No
 
 
 @app.command()
-def publish(version: Version = None, config: Config = None, set: Set = None, debug: Debug = False) -> None:
+def publish(
+    version: Version = None,
+    again: Annotated[
+        str,
+        typer.Option(
+            "--again",
+            metavar="VERSION",
+            help="Write a published version (v7) once more: its registration, rows or files were lost.",
+        ),
+    ] = "",
+    config: Config = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
     """Write a version's user and item vectors to Feast, in views of their own."""
     with _command(debug):
         from hllm.features.publish import publish as act
+        from hllm.features.publish import publish_again
 
-        act(settings_module.load(config, set or ()), version)
+        settings = settings_module.load(config, set or ())
+        if again:
+            publish_again(settings, again.removeprefix("v"))
+        else:
+            act(settings, version)
 
 
 @app.command()
@@ -474,6 +492,7 @@ def _end_terminated() -> NoReturn:
 
 def _say_last(message: str) -> None:
     """To stderr, and its first line to where a scheduler looks for the reason of a failure."""
+    message = printable(message)
     typer.echo(f"error: {message}", err=True)
     leave(message.splitlines()[0])
 

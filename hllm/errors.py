@@ -34,6 +34,7 @@ class HLLMError(Exception):
         remedy: str = "",
     ) -> None:
         first = f"{where}: {what}" if where is not None else what
+        first = first.replace("\n", "\\n")  # a place or a name may hold line breaks
         if count is not None:
             first += f" ({count[0]:,} of {count[1]:,})"
         shown = [_short(example) for example in islice(examples, 3)]

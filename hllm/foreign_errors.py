@@ -144,8 +144,8 @@ def _of_words(error: BaseException) -> HLLMError | None:
     said = str(error)
     for words, kind, remedy in WORDS:
         if words in said:
-            what = "the disk is full" if remedy == DISK else _one_line(error)
-            return kind(what, where=_where(error), remedy=remedy)
+            what = f"the disk is full: {_one_line(error)}" if remedy == DISK else _one_line(error)
+            return kind(what, where=None if remedy == DISK else _where(error), remedy=remedy)
     return None
 
 
@@ -155,7 +155,7 @@ def _of_system(error: BaseException) -> HLLMError | None:
         return None
     what = os.strerror(number) if number > 0 else _one_line(error)
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return InfraError("the disk is full", where=_where(error), remedy=DISK)
+        return InfraError(f"the disk is full: {_one_line(error)}", remedy=DISK)
     if number in _CONFIG:
         remedy = "Correct the setting or option that names it, or its owner and rights."
         return ConfigError(what[:1].lower() + what[1:], where=_where(error), remedy=remedy)

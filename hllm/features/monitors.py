@@ -23,6 +23,7 @@ from hllm.features.refreshed import STEP as REFRESH
 from hllm.features.refreshed import refreshed
 from hllm.features.store import open_store
 from hllm.features.views import view_name
+from hllm.foreign_errors import as_ours
 from hllm.registry import versions
 from hllm.registry.promote import REPLACED_TAG
 from hllm.registry.versions import VersionInfo
@@ -85,11 +86,18 @@ class Watched:
         return export_of(self.settings, self.info)
 
     def looks(self) -> Iterator[Look]:
-        yield from self.freshness()
-        yield from self.coverage()
-        yield from self.soundness()
-        yield from self.drift()
-        yield from self.leftovers()
+        for name in ("freshness", "coverage", "soundness", "drift", "leftovers"):
+            try:
+                yield from getattr(self, name)()
+            except Exception as error:  # whatever is broken, the others are looked at
+                ours = as_ours(error) or error
+                yield Look(
+                    f"{name}_unknown",
+                    f"{name} could not be looked at",
+                    1,
+                    most=0,
+                    remedy=" ".join(str(ours).split())[:500],
+                )
 
     def freshness(self) -> Iterator[Look]:
         limits, service = self.settings.watch, registered_service(self.store, self.info.version)

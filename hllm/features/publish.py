@@ -29,7 +29,7 @@ from hllm.features.export import ENTITIES, ITEM, USER, Entity, Export
 from hllm.features.offline import write_offline
 from hllm.features.online import kept_until, publisher, require_room_for, write_online
 from hllm.features.refreshed import Refreshed, refreshed
-from hllm.features.store import open_store, registry_lock, service_errors, write_yaml
+from hllm.features.store import open_store, registry_lock, renew_registry, service_errors, write_yaml
 from hllm.features.views import Views, service_name, view_name, views_of
 from hllm.settings import Settings
 from hllm.work.artifacts import (
@@ -66,7 +66,7 @@ def publish(settings: Settings, version: str | None = None) -> None:
         InfraError: a store did not answer; the same command continues.
     """
     from hllm.registry.versions import registered_version, serving_version, set_tags
-    from hllm.work.tracking import version_run
+    from hllm.work.tracking import finish_lost, version_run
 
     info = registered_version(settings, version)
     outputs, key = Store(settings.run.root), f"v{info.version}"
@@ -82,6 +82,7 @@ def publish(settings: Settings, version: str | None = None) -> None:
         whole = same and info.tags.get("publication") in DONE
         if done and whole and registered_service(open_store(settings), info.version) is not None:
             counts = _counts(done.rows)
+            finish_lost(settings, info, STEP, done)
             say(f"publish: reused, version {info.version} was published {done.created_at} ({counts})")
             return
         serving = serving_version(settings)
@@ -104,6 +105,40 @@ def publish(settings: Settings, version: str | None = None) -> None:
         f"service {service_name(info.version)} -> {settings.feast.online} {settings.feast.online_url}"
     )
     typer.echo(f"  for plain Feast: {outputs.location(STEP, key)}/feature_store.yaml")
+
+
+def publish_again(settings: Settings, version: str | None = None) -> None:
+    """Register a published version anew and write its rows again, from the record of its publication, its
+    export and what was refreshed since: where the registry, online rows or offline files were lost. The same
+    rows with the same times are written, so readers of a version that serves see no other rows meanwhile.
+
+    Raises:
+        ConfigError: it was published to other stores than these.
+        DataError: it has no record of a publication, or its export is gone.
+        InfraError: a store did not answer; the same command continues.
+    """
+    from hllm.registry.versions import registered_version
+    from hllm.work.tracking import version_run
+
+    info = registered_version(settings, version)
+    outputs, key = Store(settings.run.root), f"v{info.version}"
+    export = export_of(settings, info, again=True)
+    require_published_here(settings, info, export)
+    with (
+        service_errors(settings),
+        outputs.lock(STEP, key),
+        publisher(settings, info.version) as still_here,
+        version_run(settings, info, "publish-again", settings.feast.model_dump(mode="json")) as tracker,
+    ):
+        record = outputs.manifest(STEP, key)
+        assert record is not None  # noqa: S101 - required above
+        renewed = renew_registry(settings)
+        publication = Publication(
+            settings, export, info.version, outputs, resume=False, still_here=still_here, record=record
+        )
+        tracker.finish(publication.run())
+    others = "; other versions' views are to be registered the same way" if renewed else ""
+    say(f"publish: version {info.version} written again ({_counts(record.rows)}){others}")
 
 
 def _serves_elsewhere(settings: Settings, info: VersionInfo, recorded: bool, same: bool) -> ConfigError:
@@ -178,6 +213,8 @@ class Publication:
     resume: bool
     """False when an earlier publication ended but was found damaged: everything is written again."""
     still_here: Callable[[], None]
+    record: Manifest | None = None
+    """Of the publication that is written again: its moments stay."""
 
     def __post_init__(self) -> None:
         self.key = f"v{self.version}"
@@ -242,13 +279,17 @@ class Publication:
             started_at = (
                 datetime.fromisoformat(known.tags["started_at"])
                 if known
-                else datetime.now(UTC).replace(microsecond=0)
+                else self._moment("started_at") or datetime.now(UTC).replace(microsecond=0)
             )
             views = views_of(self.settings, self.version, self._tags(started_at))
             there = {entity.name for entity in self.store.list_entities()}
             new: list[Any] = [entity for entity in views.entities if entity.name not in there]
             self.store.apply([*new, views.users, views.items, views.affinity])
         return views, started_at
+
+    def _moment(self, name: str) -> datetime | None:
+        """When it happened in the publication that is written again."""
+        return datetime.fromisoformat(self.record.facts[name]) if self.record else None
 
     def _tags(self, started_at: datetime) -> dict[str, str]:
         facts = self.export.manifest.facts
@@ -305,7 +346,8 @@ class Publication:
         known = registered_service(self.store, self.version)
         if known is not None:
             return datetime.fromisoformat(known.tags["available_at"])
-        available_at = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
+        soon = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
+        available_at = self._moment("available_at") or soon
         started_at = datetime.fromisoformat(views.users.tags["started_at"])
         with registry_lock(self.settings):
             self.store.apply(
@@ -338,7 +380,7 @@ class Publication:
     def _finish(
         self, started_at: datetime, available_at: datetime, began: float, facts: dict[str, Any]
     ) -> Manifest:
-        files = file_digests(self.folder)
+        files, registry = file_digests(self.folder), self.settings.feast.registry
         manifest = Manifest(
             step=STEP,
             key=self.key,
@@ -355,6 +397,7 @@ class Publication:
                 "started_at": started_at.isoformat(),
                 "available_at": available_at.isoformat(),
                 "export": self.export.manifest.digest,
+                "registry": registry if "://" in registry else str(Path(registry).absolute()),
             },
             files=files,
         )

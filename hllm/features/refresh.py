@@ -13,6 +13,7 @@ meanwhile, the version that was begun is finished (a rollback finds it fresh), t
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ from hllm.work.termination import say
 if TYPE_CHECKING:
     from hllm.registry.versions import VersionInfo
 
+OWN_FILE = re.compile(r"items\.parquet|users-\d{5}\.parquet")
+"""The files of a refresh: others that a plan names are not its own."""
 PLAN = "plan.json"
 UNCHANGED_TAG = "items_unchanged_at"
 """Of a version: when a look at the catalogue last found nothing new; no refresh is recorded then."""
@@ -88,7 +91,7 @@ def refresh(settings: Settings, kind: Kind, *, until: str = "") -> None:
 
 def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime) -> None:
     from hllm.registry.versions import set_tags
-    from hllm.work.tracking import version_run
+    from hllm.work.tracking import finish_lost, version_run
 
     export, outputs = export_of(settings, info), Store(settings.run.root)
     with service_errors(settings), writing(settings, info, export) as still_here:
@@ -97,6 +100,7 @@ def _refresh(settings: Settings, info: VersionInfo, kind: Kind, until: datetime)
         source, as_of = work.source(until)
         done = refreshed(settings, info.version, kind)
         if done and done[-1].manifest.facts["source"] == source:
+            finish_lost(settings, info, f"refresh-{kind}", done[-1].manifest)
             say(
                 f"refresh: reused, {kind} of version {info.version} are as of {done[-1].as_of} "
                 "and nothing changed since"
@@ -176,8 +180,7 @@ class Refresh:
         """The vectors, in the folder of this refresh; shards of a killed run with the same plan are kept."""
         if self._plan().get("source") != source:
             clear(self.folder)
-        now = datetime.now(UTC).replace(microsecond=0)
-        started_at = self._plan().get("started_at", now.isoformat())
+        started_at = self._plan().get("started_at", self._now().isoformat())
         self._save({"source": source, "as_of": as_of.isoformat(), "started_at": started_at})
         if self.kind == "items":
             self._encode_items()
@@ -208,9 +211,7 @@ class Refresh:
             )
         if "available_at" not in plan:
             # Rounded up: a join must never find a vector before it could be read. And no two alike.
-            after = [one.available_at for one in self.before if one.kind != "backfill"]
-            soon = datetime.now(UTC).replace(microsecond=0)
-            plan["available_at"] = (max([soon, *after]) + timedelta(seconds=1)).isoformat()
+            plan["available_at"] = (max(self._now(), started_at) + timedelta(seconds=1)).isoformat()
             self._save(plan)
         if rows:
             self._see_all_files(store)
@@ -224,6 +225,22 @@ class Refresh:
                 part=f"{self.kind}-{self.number:04d}",
             )
         return self._finish(plan, rows)
+
+    def _now(self) -> datetime:
+        """This moment, but later than all that the version's views hold: a clock may be behind."""
+        now = datetime.now(UTC).replace(microsecond=0)
+        record = self.outputs.manifest(PUBLISH, f"v{self.version}")
+        held = [one.available_at for one in self.before if one.kind != "backfill"]
+        if record:
+            held.append(datetime.fromisoformat(record.facts["available_at"]))
+        newest = max(held, default=now)
+        if now < newest - timedelta(seconds=2):  # a publication rounds its moment up
+            typer.echo(
+                f"refresh: this machine's clock ({now.isoformat()}) is behind what version {self.version} "
+                f"holds ({newest.isoformat()}): times go on from there",
+                err=True,
+            )
+        return max(now, newest)
 
     def _encode_items(self) -> None:
         from hllm.embedding.refresh import encode_changed_items
@@ -311,8 +328,16 @@ class Refresh:
         path = self.folder / PLAN
         if not path.exists() and not self.outputs.bring(STEP, self.key, PLAN):
             return {}
-        plan: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        for name in plan.get("files", ()):
+        try:
+            plan = dict(json.loads(path.read_bytes()))
+            moments = [plan[name] for name in ("started_at", "available_at", "as_of") if name in plan]
+            for moment in moments:
+                datetime.fromisoformat(moment)
+            names = [name for name in plan.get("files", ()) if OWN_FILE.fullmatch(name)]
+        except (ValueError, TypeError, RecursionError):  # half a file, or somebody's hand: begun anew
+            path.unlink()
+            return {}
+        for name in names:
             if not (self.folder / name).exists():
                 self.outputs.bring(STEP, self.key, name)
         return plan
@@ -400,4 +425,7 @@ def _moment(text: str) -> datetime:
         raise ConfigError(
             "is not an ISO 8601 time", where=f"--until {text}", remedy="Like 2026-03-01."
         ) from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    found = found if found.tzinfo else found.replace(tzinfo=UTC)
+    if found > datetime.now(UTC) + timedelta(days=1) or found.year < 1971:
+        raise ConfigError("is no moment that events can be known until", where=f"--until {text}")
+    return found

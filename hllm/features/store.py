@@ -10,9 +10,11 @@ import atexit
 import contextlib
 import json
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -21,7 +23,8 @@ from hllm.errors import ConfigError, HLLMError, InfraError
 from hllm.features.stores.s3_files import SCHEME, reach_s3
 from hllm.settings import Settings
 from hllm.work.artifacts import write_atomically
-from hllm.work.objects import is_s3
+from hllm.work.lease import claimed
+from hllm.work.objects import is_s3, read_object, write_object
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -46,10 +49,15 @@ def open_store(settings: Settings, mlflow: bool = False) -> FeatureStore:
         reach_s3()
     _make_folders(settings)
     with service_errors(settings):
+        _make_registry(settings)
         content = describe(settings, os.environ.get(PASSWORD, ""))
-        return FeatureStore(
-            config=RepoConfig(**{**content, "mlflow": {**content["mlflow"], "enabled": mlflow}})
-        )
+        content["mlflow"] |= {"enabled": mlflow}
+        if content["registry"]["registry_type"] == "file":
+            kind = "WholeS3RegistryStore" if is_s3(settings.feast.registry) else "WholeFileRegistryStore"
+            content["registry"]["registry_store_type"] = f"hllm.features.stores.registry.{kind}"
+        store = FeatureStore(config=RepoConfig(**content))
+        _ = store.registry  # read now: one that is gone or damaged is no store
+        return store
 
 
 def write_yaml(settings: Settings, folder: Path) -> Path:
@@ -197,6 +205,74 @@ def _leave_quietly() -> None:
         backend.con = None
 
 
+def _make_registry(settings: Settings) -> None:
+    """The first of all registries is made here, empty. Where one has been, or a publication knows of one,
+    its absence is an error."""
+    place = settings.feast.registry
+    if _is_there(place) or was_published(settings):
+        return
+    from hllm.features.stores.registry import empty
+
+    with registry_lock(settings):
+        if not _is_there(place):
+            write_registry(place, empty())
+
+
+def was_published(settings: Settings) -> bool:
+    """Whether something was registered in the registry of these settings."""
+    place = settings.feast.registry
+    if "://" not in place and _lock_of(place).exists():
+        return True
+    from hllm.work.artifacts import Store
+
+    known = (manifest.facts.get("registry") for manifest in Store(settings.run.root).finished("publish"))
+    return (place if "://" in place else str(Path(place).absolute())) in known
+
+
+def _is_there(place: str) -> bool:
+    if is_s3(place):
+        return read_object(place) is not None
+    return "://" in place or Path(place).exists()
+
+
+def write_registry(place: str, content: bytes) -> None:
+    if is_s3(place):
+        write_object(place, content)
+    else:
+        write_atomically(Path(place).absolute(), content)
+
+
+def _lock_of(place: str) -> Path:
+    path = Path(place).absolute()
+    return path.with_name(f".{path.name}.lock")
+
+
+def renew_registry(settings: Settings) -> bool:
+    """Make an empty registry in the place of one that is gone or damaged, which is kept beside; whether that
+    was needed. For `hllm publish --again`, which registers what was published."""
+    from hllm.features.stores.registry import empty, parsed
+
+    place = settings.feast.registry
+    if "://" in place and not is_s3(place):
+        return False
+    with registry_lock(settings):
+        content = read_object(place) if is_s3(place) else _content(Path(place))
+        if content is not None:
+            with contextlib.suppress(InfraError):
+                parsed(content, place)
+                return False
+            write_registry(f"{place}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}", content)
+        write_registry(place, empty())
+        return True
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 def _make_folders(settings: Settings) -> None:
     if "://" not in settings.feast.registry:
         Path(settings.feast.registry).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -232,13 +308,18 @@ def service_errors(settings: Settings) -> Iterator[None]:
 @contextlib.contextmanager
 def registry_lock(settings: Settings) -> Iterator[None]:
     """Feast rewrites a registry file whole: of two publications at once it would lose one."""
-    if "://" in settings.feast.registry:
+    place = settings.feast.registry
+    if is_s3(place):
+        with claimed(f"{place}.lock", f"process {os.getpid()} on {socket.gethostname()}"):
+            yield
+        return
+    if "://" in place:
         yield
         return
     import fcntl
 
-    path = Path(settings.feast.registry).absolute()
+    path = _lock_of(place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

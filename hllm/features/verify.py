@@ -105,7 +105,7 @@ class Verification:
             raise DataError(
                 f"has no service {service_name(version)}",
                 where=f"Feast registry {settings.feast.registry}",
-                remedy=f"Is feast.registry right? If it was lost: `hllm publish --version {version}`.",
+                remedy=f"Is feast.registry right? If it was lost: `hllm publish --again v{version}`.",
             )
         if service.tags.get("export") != export.manifest.digest:
             raise DataError(

@@ -7,7 +7,9 @@ ROOT/watch/history.jsonl  one line per look: how the numbers moved
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +17,6 @@ import typer
 
 from hllm.errors import ConfigError, GateError
 from hllm.features.monitors import Look, Watched, folder_of
-from hllm.features.store import service_errors
 from hllm.features.views import service_name
 from hllm.registry.versions import VersionInfo, serving_version
 from hllm.settings import Settings
@@ -43,8 +44,7 @@ def watch(settings: Settings) -> list[Look]:
             remedy="Approve one in Airflow, or run `hllm promote`.",
         )
     now = datetime.now(UTC).replace(microsecond=0)
-    with service_errors(settings):
-        looks = list(Watched(settings, info, now).looks())
+    looks = list(Watched(settings, info, now).looks())
     page = _write(settings, info, now, looks)
     alerts = [look for look in looks if look.alert]
     for look in looks:
@@ -91,7 +91,7 @@ def _write(settings: Settings, info: VersionInfo, now: datetime, looks: list[Loo
         write_atomically(folder / HISTORY, past)  # a pod finds nothing on its own disk
     seen = {"at": now.isoformat(), "version": info.version, **{look.name: look.value for look in looks}}
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(seen) + "\n")
+        file.write("\n" * _cut_off(folder / HISTORY) + json.dumps(seen) + "\n")
     write_atomically(folder / METRICS, prometheus(info, now, looks).encode())
     write_atomically(folder / PAGE, _page(info, now, looks, _past(folder / HISTORY)).encode())
     if not outputs.remote:
@@ -99,6 +99,12 @@ def _write(settings: Settings, info: VersionInfo, now: datetime, looks: list[Loo
     for name in (PAGE, METRICS, HISTORY):
         upload(folder / name, f"{outputs.root}/watch/{name}")
     return f"{outputs.root}/watch/{PAGE}"
+
+
+def _cut_off(path: Path) -> bool:
+    """Whether the last line was not written to its end: the next one begins on a line of its own."""
+    with path.open("rb") as file:
+        return path.stat().st_size > 0 and (file.seek(-1, 2), file.read(1))[1] != b"\n"
 
 
 def _page(info: VersionInfo, now: datetime, looks: list[Look], past: list[dict[str, float]]) -> str:
@@ -117,7 +123,17 @@ def _page(info: VersionInfo, now: datetime, looks: list[Look], past: list[dict[s
 
 
 def _past(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()[-SHOWN:]]
+    """Points of earlier looks; a line that was cut off, or that a hand changed, is none."""
+    found = []
+    for line in path.read_text("utf-8", "replace").splitlines()[-SHOWN:]:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            points = dict(json.loads(line))
+            found.append({name: float(value) for name, value in points.items() if _is_number(value)})
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _line(values: list[float], width: int = 120, height: int = 24) -> str:

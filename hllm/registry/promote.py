@@ -9,7 +9,7 @@ and `rollback` takes back a promotion that was not finished.
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hllm.errors import ConfigError, GateError
@@ -22,6 +22,9 @@ from hllm.work.termination import say
 
 REPLACED_TAG = "replaced"
 CHANGE_TAG = "hllm.last_change"
+EARLIEST, SKEW = datetime(2020, 1, 1, tzinfo=UTC), timedelta(hours=1)
+"""When a decision can have been made: not before there was anything to decide, nor later than clocks
+differ."""
 _DECIDED = ("decided_by", "decided_at", "decision_note")
 _REJECTED = ("rejected_by", "rejected_at", "rejected_note")
 _ROLLED_BACK = ("rolled_back_by", "rolled_back_at", "rolled_back_note")
@@ -62,7 +65,7 @@ def promote(
         kept = dict(zip(_REJECTED, (chosen.tags.get(name, "") for name in _DECIDED), strict=True))
     with tracking.version_run(settings, chosen, "promote", audit):
         _announce(settings, chosen, before, "promoted", audit)
-        versions.set_tags(settings, chosen.version, kept | audit | dict.fromkeys(_ROLLED_BACK))
+        versions.set_tags(settings, chosen.version, kept | dict.fromkeys(_ROLLED_BACK) | audit)
         versions.set_alias(settings, CHAMPION, chosen.version)
     _settle(settings, chosen, before, "promoted", audit)
     _drop_candidate(settings, chosen)
@@ -102,6 +105,15 @@ def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: s
     last, named = versions.last_promoted(settings), versions.champion(settings)
     begun = _unfinished_change(settings, last)
     if to is None:
+        done = _last_change(settings)
+        settled = begun is None and named is not None and last is not None and last.version == named.version
+        if settled and last and (done.get("action"), done.get("to")) == ("rolled back", last.version):
+            # Perhaps asked again after an answer that was lost: it must not go back twice.
+            say(
+                f"rollback: {_name(last)} serves since the rollback from version {done.get('from')} at "
+                f"{done.get('at')}; nothing changed. To go back further, name a version: --to N"
+            )
+            return last
         target = _earlier(settings, named, last, begun)
     else:
         target = versions.registered_version(settings, to)
@@ -116,7 +128,7 @@ def rollback(settings: Settings, to: str | None = None, *, by: str = "", note: s
     _announce(settings, target, left, "rolled back", audit)
     if left:
         trail = dict(zip(_ROLLED_BACK, (audit["decided_by"], audit["decided_at"], note), strict=True))
-        versions.set_tags(settings, left.version, {"decision": "rolled back", **trail})
+        versions.set_tags(settings, left.version, {**trail, "decision": "rolled back"})
     versions.set_alias(settings, CHAMPION, target.version)
     _settle(settings, target, left, "rolled back", audit)
     return versions.registered_version(settings, str(target.version))
@@ -150,8 +162,19 @@ def _serves(info: VersionInfo, last: VersionInfo | None) -> bool:
 
 def _unfinished_change(settings: Settings, last: VersionInfo | None) -> dict[str, Any] | None:
     """The change that had been announced, but not settled, when its process ended."""
-    change: dict[str, Any] = json.loads(versions.model_tags(settings).get(CHANGE_TAG, "{}"))
+    change = _last_change(settings)
     return change if change and (last is None or last.version != change["to"]) else None
+
+
+def _last_change(settings: Settings) -> dict[str, Any]:
+    """The change of the champion that was announced last; nothing, where somebody edited its tag."""
+    try:
+        change = dict(json.loads(versions.model_tags(settings).get(CHANGE_TAG) or "{}"))
+        if change.get("action") in ("promoted", "rolled back") and int(change["to"]) == change["to"]:
+            return change
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return {}
 
 
 def _begun_version(settings: Settings, change: dict[str, Any]) -> VersionInfo:
@@ -167,8 +190,8 @@ def _earlier(
         return _begun_version(settings, begun)
     if last and (begun or named is None or named.version != last.version):
         return last
-    replaced = (named.tags if named else {}).get(REPLACED_TAG)
-    if replaced is None:
+    replaced = (named.tags if named else {}).get(REPLACED_TAG, "")
+    if not replaced.isdigit():
         known = ", ".join(str(info.version) for info in versions.all_versions(settings) if info.verified)
         remedy = (
             f"Published versions: {known}; choose one with --to." if known else "No version is published yet."
@@ -184,7 +207,7 @@ def _refuse_rejected(chosen: VersionInfo, approved_at: str = "") -> None:
     by, at, note = (chosen.tags.get(name, "") for name in _DECIDED)
     if chosen.tags.get("decision") != "rejected":
         return
-    if approved_at and datetime.fromisoformat(approved_at) > datetime.fromisoformat(at):
+    if approved_at and _later(approved_at, at):
         return
     raise GateError(
         f"was rejected by {by} at {at}{f': {note}' if note else ''}",
@@ -211,10 +234,10 @@ def _drop_candidate(settings: Settings, chosen: VersionInfo) -> None:
 
 def _audit(decision: str, by: str, note: str, at: str) -> dict[str, str]:
     return {
-        "decision": decision,
         "decided_by": by or user_name(),
         "decided_at": _moment(at),
         "decision_note": note,
+        "decision": decision,  # last: with it the rest is on record
     }
 
 
@@ -227,7 +250,20 @@ def _moment(at: str) -> str:
         raise ConfigError(
             "is not an ISO 8601 time", where=f"--at {at}", remedy="Like 2026-03-01T12:00:00+00:00."
         ) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).isoformat(timespec="seconds")
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if not EARLIEST < moment < datetime.now(UTC) + SKEW:
+        raise ConfigError("is no moment at which this can have been decided", where=f"--at {at}")
+    return moment.isoformat(timespec="seconds")
+
+
+def _later(approved_at: str, rejected_at: str) -> bool:
+    """Whether an approval came after a rejection; one whose time somebody edited counts as later than any."""
+    try:
+        rejected = datetime.fromisoformat(rejected_at)
+    except ValueError:
+        return False
+    rejected = rejected if rejected.tzinfo else rejected.replace(tzinfo=UTC)
+    return datetime.fromisoformat(approved_at) > rejected
 
 
 def _name(info: VersionInfo) -> str:

@@ -154,7 +154,7 @@ def serving_version(settings: Settings) -> VersionInfo | None:
 def last_promoted(settings: Settings) -> VersionInfo | None:
     """The version that `promote` or `rollback` chose last, wherever the alias points now."""
     number = model_tags(settings).get(SERVING_TAG, "")
-    return _by_number(settings, int(number)) if number.isdigit() else None
+    return _by_number(settings, int(number)) if number.isdecimal() and len(number) < 10 else None
 
 
 def set_tags(settings: Settings, version: int | str, tags: Mapping[str, str | None]) -> None:
@@ -180,7 +180,9 @@ def set_tags(settings: Settings, version: int | str, tags: Mapping[str, str | No
         if publication is not None and publication != VERIFIED:
             ordered = {SERVICE_TAG: None, **ordered}
         elif publication is not None:
-            ordered = {"publication": publication, **ordered}
+            service = ordered.pop(SERVICE_TAG, None)
+            ordered |= {"publication": ordered.pop("publication")}
+            ordered |= {SERVICE_TAG: service} if service else {}  # of a verified version only
         for name, value in ordered.items():
             if value is None:
                 client.delete_model_version_tag(model, str(version), name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from urllib.parse import urlsplit
 from hllm.errors import ConfigError, InfraError
 from hllm.settings import Settings
 from hllm.work.objects import is_s3, s3_errors
+from hllm.work.waiting import waiting_for
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -25,7 +29,7 @@ _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # MLflow's own defaults wait for minutes before they admit that nobody answers; we retry whole steps.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 _SQLITE = "sqlite:///"
 
@@ -69,11 +73,51 @@ def client(settings: Settings) -> MlflowClient:
     database = local_database(uri)
     if database is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    registry = os.environ.get("MLFLOW_REGISTRY_URI") or uri
+    # Two processes must not create the tables of a new database at the same time.
+    with mlflow_errors(settings), local_lock(uri), waiting_for(f"MLflow at {shown(uri)}"):
+        if database is not None and not database.exists():
+            _make_database(database)
+        try:
+            return MlflowClient(tracking_uri=uri, registry_uri=registry)
+        except (MlflowException, SQLAlchemyError):
+            if database is None or not _holds_nothing(database):
+                raise
+            aside = database.with_name(f"{database.name}.half-made-{time.strftime('%Y%m%dT%H%M%S')}")
+            database.replace(aside)
+            print(f"mlflow: {database} was half made and is made anew ({aside.name})", file=sys.stderr)
+            _make_database(database)
+            return MlflowClient(tracking_uri=uri, registry_uri=registry)
+
+
+def _make_database(database: Path) -> None:
+    """MLflow's tables take a second to make: beside, and in place once they are whole. Who is killed in
+    between leaves a file that the next one removes."""
     from mlflow.tracking import MlflowClient
 
-    # Two processes must not create the tables of a new database at the same time.
-    with mlflow_errors(settings), local_lock(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+    building = database.with_name(f".{database.name}.new")
+    building.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"{_SQLITE}{building.absolute()}").search_experiments(max_results=1)
+    os.replace(building, database)
+
+
+def _holds_nothing(database: Path) -> bool:
+    """Whether a database that MLflow does not open has no run and no registered model: then nothing is lost
+    with it. One that cannot be read is not touched."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+            return not any(
+                connection.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0]
+                for table in ("runs", "registered_models", "logged_models")
+                if table in tables
+            )
+    except sqlite3.Error:
+        return False
 
 
 def page_root(settings: Settings) -> str:
@@ -145,7 +189,8 @@ def mlflow_errors(settings: Settings) -> Iterator[None]:
 
     uri = shown(tracking_uri(settings))
     try:
-        yield
+        with waiting_for(f"MLflow at {uri}"):
+            yield
     except MlflowException as error:
         first = str(error.message).splitlines()[0][:300]
         if error.error_code in {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -37,8 +38,18 @@ def was_terminated() -> bool:
     return bool(_asked)
 
 
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text that came from elsewhere (ids, notes), fit for a log and a terminal: control characters are
+    written out, line breaks stay."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def say(line: str) -> None:
-    """How it went; what is said later takes its place."""
+    """How it went, in one line; what is said later takes its place."""
+    line = printable(line).replace("\n", "\\n")
     typer.echo(line)
     leave(line)
 

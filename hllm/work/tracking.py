@@ -96,6 +96,35 @@ def version_run(
         yield tracker
 
 
+def finish_lost(settings: Settings, info: VersionInfo, step_name: str, manifest: Manifest) -> None:
+    """Runs of a step on a version that say RUNNING although its work is done: their process was killed after
+    it had written the manifest. They get what it would have logged."""
+    client = server.client(settings)
+    with server.mlflow_errors(settings):
+        parents = [info.run_id] if info.run_id else []
+        found = find_parent(
+            client, settings, info.tags.get("pipeline", f"{info.model} version {info.version}")
+        )
+        for parent in dict.fromkeys([*parents, *([found] if found else [])]):
+            experiment = _experiment_of(client, parent)
+            own = f"tags.`{PARENT_TAG}` = '{parent}' AND tags.`hllm.step` = '{step_name}'"
+            running = f"{own} AND attributes.status = 'RUNNING'"
+            for run in client.search_runs([experiment], running) if experiment else ():
+                tracker = Tracker(client, settings, parent, run.info.run_id, step_name)
+                tracker.start()
+                tracker.finish(manifest)
+                tracker.end("FINISHED")
+
+
+def _experiment_of(client: MlflowClient, run_id: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_run(run_id).info.experiment_id)
+    except MlflowException:
+        return ""
+
+
 def parent_run(client: MlflowClient, settings: Settings, pipeline_key: str) -> str:
     """The id of the pipeline's parent run; created on first use, exactly once."""
     with server.local_lock(server.tracking_uri(settings)):

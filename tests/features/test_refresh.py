@@ -153,7 +153,7 @@ def test_of_two_runs_at_once_one_wins_and_the_other_says_who(served, tiny_source
     )
     info = registered_version(later, "1")
     with (
-        refreshing.writing(later, info, export_of(info.tags["export"])),
+        refreshing.writing(later, info, export_of(later, info)),
         pytest.raises(InfraError, match=r"another process is writing this output: process \d+ on"),
     ):
         refresh(later, "users")

@@ -152,17 +152,20 @@ def _late(by: timedelta) -> type[datetime]:
 def test_a_pod_finds_what_is_in_s3(served, s3, tmp_path, monkeypatch):
     """Another machine's look and its unfinished refresh; of finished ones no vector is fetched."""
     from hllm.features.refresh import refresh
+    from hllm.registry.versions import registered_version, set_tags
 
     bucket = s3.bucket("watched")
     there = served.model_copy(update={"run": served.run.model_copy(update={"root": f"{bucket}/runs"})})
     outputs = Store(there.run.root)
-    for step in ("publish", "validate"):
+    for step in ("publish", "validate", "embed-hllm-3"):
         for folder in (Path(served.run.root) / step).iterdir():
             if folder.is_dir():
                 shutil.copytree(folder, outputs.local / step / folder.name)
                 manifest = Manifest.read(folder)
                 (outputs.local / step / folder.name / "manifest.json").unlink()
                 outputs.finish(manifest)
+    export = f"{there.run.root}/{'/'.join(registered_version(served, '2').output(served))}"
+    set_tags(served, 2, {"export": export})
     refresh(there, "users")
     objects.write_object(f"{bucket}/runs/refresh/v2-items-0001/plan.json", b"{}")
     watch(there)

@@ -103,11 +103,10 @@ def test_rollback_walks_back_version_by_version(settings: Settings) -> None:
     assert third.tags["decided_by"] == "ada"  # who once approved stays on record
     change = json.loads(versions.model_tags(settings)["hllm.last_change"])
     assert (change["action"], change["from"], change["to"], change["by"]) == ("rolled back", 3, 2, "bob")
-    rollback(settings, by="bob")
+    rollback(settings, by="bob")  # asked again after a lost answer: not back twice
+    assert serving(settings) == 2
+    rollback(settings, "1", by="bob")
     assert serving(settings) == 1
-    with pytest.raises(ConfigError, match="no earlier champion") as error:
-        rollback(settings, by="bob")
-    assert "1, 2, 3; choose one with --to" in str(error.value)
     promote(settings, "3", by="ada")
     again = versions.registered_version(settings, "3")
     assert again.tags["decision"] == "approved"
@@ -148,7 +147,7 @@ def test_rollback_after_a_promotion_killed_before_the_alias_moved_keeps_the_cham
     assert (third.tags["decision"], third.tags["rolled_back_by"]) == ("rolled back", "bob")
     change = json.loads(versions.model_tags(settings)["hllm.last_change"])
     assert (change["action"], change["from"], change["to"]) == ("rolled back", 3, 2)
-    assert rollback(settings, by="bob").version == 1  # and from here on as ever
+    assert rollback(settings, "1", by="bob").version == 1  # and from here on as ever
 
 
 def test_a_promotion_killed_after_the_alias_moved_is_finished_by_the_same_command(
@@ -196,7 +195,7 @@ def test_an_unfinished_change_is_settled_by_rollback(
     assert rollback(settings, by="bob").version == serving(settings) == 2
     monkeypatch.setattr(versions, "set_alias", die)
     with pytest.raises(Killed):
-        rollback(settings, by="bob")
+        rollback(settings, "1", by="bob")
     monkeypatch.setattr(versions, "set_alias", real)
     assert rollback(settings, by="bob").version == serving(settings) == 1  # finishes what was begun
     assert versions.model_tags(settings)["hllm.serving_version"] == "1"

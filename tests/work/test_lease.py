@@ -121,13 +121,13 @@ def test_who_gave_no_sign_of_life_publishes_only_what_nobody_took_over(s3: S3) -
     store.forget("ingest", "k")
     with store.lock("ingest", "k"):
         assert store._claim
-        write_object(f"{root}/ingest/.k.lock/another", b"process 7 on another machine")
+        write_object(f"{root}/ingest/.k.lock/00000000deadbeef", b"process 7 on another machine")
         store._claim._refreshed -= timedelta(seconds=1000)
         for _ in range(2):
             with pytest.raises(InfraError, match="took this output over"):
                 store.finish(manifest)
-            assert list_objects(f"{root}/ingest/.k.lock/") == [f"{root}/ingest/.k.lock/another"]
-    assert list_objects(f"{root}/") == [f"{root}/ingest/.k.lock/another"]
+            assert list_objects(f"{root}/ingest/.k.lock/") == [f"{root}/ingest/.k.lock/00000000deadbeef"]
+    assert list_objects(f"{root}/") == [f"{root}/ingest/.k.lock/00000000deadbeef"]
 
 
 def test_what_is_taken_over_while_it_is_sent_is_not_published(
@@ -141,7 +141,7 @@ def test_what_is_taken_over_while_it_is_sent_is_not_published(
 
     def suspended(*_: object) -> None:
         assert store._claim
-        write_object(f"{root}/ingest/.k.lock/another", b"process 7 on another machine")
+        write_object(f"{root}/ingest/.k.lock/00000000deadbeef", b"process 7 on another machine")
         store._claim._refreshed -= timedelta(seconds=1000)
 
     monkeypatch.setattr("hllm.work.artifacts.upload", suspended)

@@ -214,7 +214,8 @@ def test_the_environment_names_a_server(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     said = start(settings, "ingest", "finish").communicate(timeout=120)[0]
-    assert said == ""  # not a word on stdout or stderr
+    told = [line for line in said.splitlines() if not line.startswith("waiting for MLflow")]
+    assert told == []  # not a word on stdout or stderr, but of a machine that is slow
     with child_run(settings, PIPELINE, "prepare", {"run.seed": 1}) as tracker:
         tracker.log_metrics({"loss": 0.25}, 3)
         tracker.finish(manifest("prepare"))

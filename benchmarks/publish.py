@@ -206,7 +206,7 @@ def feasts_own(store, view, export: Export, batch: int) -> None:
 def write_export(folder: Path, kind: str, rows: int, width: int, part: int = 50_000) -> None:
     """Vectors of unit length, written in parts: the benchmark's own memory is bounded too."""
     random = np.random.default_rng(0)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     path = folder / ("items.parquet" if kind == "item" else "users-00000.parquet")
     writer = None
     for start in range(0, rows, part):
@@ -226,7 +226,8 @@ def write_export(folder: Path, kind: str, rows: int, width: int, part: int = 50_
         writer.write_table(table)
     if writer:
         writer.close()
-    Manifest("export", "key", "", "", "", 0.0, "", facts={"width": width}).write(folder)
+    step = "export" if folder.name == "key" else folder.parent.name  # where it is read from
+    Manifest(step, folder.name, "", "", "", 0.0, "", facts={"width": width}).write(folder)
 
 
 def forget(store: str, place: str, redis: Redis, database: int) -> None:

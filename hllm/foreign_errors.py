@@ -39,6 +39,7 @@ network."""
 Table = tuple[tuple[str, tuple[str, ...], type[HLLMError], str], ...]
 LIBRARIES: Table = (
     ("botocore", (), InfraError, "Check AWS_ENDPOINT_URL_S3 and the network; then run it again."),
+    ("s3transfer", (), InfraError, "Check AWS_ENDPOINT_URL_S3 and the network; then run it again."),
     ("boto3", (), InfraError, "Check AWS_ENDPOINT_URL_S3 and the network; then run it again."),
     ("requests", (), InfraError, "A server did not answer as it should. " + AGAIN),
     ("urllib3", (), InfraError, "A server did not answer as it should. " + AGAIN),

@@ -23,6 +23,7 @@ from hllm.models.family import Family, TrainedModel, families, family
 from hllm.settings import Settings
 from hllm.work import launch, ranks
 from hllm.work.artifacts import (
+    FORGOTTEN,
     MANIFEST,
     WORK,
     Manifest,
@@ -380,7 +381,7 @@ def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, s
             return _reused_by_all(done, store)
         inputs = _fetch(step, store, all_keys)
         output = store.folder(name, key)
-        if force:
+        if force or (output / FORGOTTEN).exists():  # half removed: what is left is no beginning
             store.forget(name, key)
         (output / MANIFEST).unlink(missing_ok=True)  # in S3 it may have been removed from elsewhere
         output.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,8 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
         InfraError: MLflow or the store does not answer.
     """
     store, since = Store(settings.run.root), datetime.now(UTC) - timedelta(days=keep_days)
+    if not dry_run:
+        _finish_broken_off(store)
     found = [manifest for step in PRUNED for manifest in store.finished(step)]
     reasons = _reasons(settings, store, found, since)
     going = [each for each in found if (each.step, each.key) not in reasons]
@@ -58,6 +60,14 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
         f"{len(going)} outputs of {store.root}; kept {len(reasons)}{f': {why}' if why else ''}"
     )
     return going
+
+
+def _finish_broken_off(store: Store) -> None:
+    """What an earlier prune had begun to remove when its process was killed."""
+    for step in PRUNED:
+        for key in store.half_forgotten(step):
+            with suppress(HLLMError, PermissionError), store.lock(step, key):
+                store.forget(step, key)
 
 
 def _reasons(settings: Settings, store: Store, found: list[Manifest], since: datetime) -> dict[Output, str]:

@@ -41,6 +41,9 @@ RETIRED = "retired"
 CLEANED_TAG = "retired_rows"
 
 
+REMOVED = "its service, views, online rows and offline files"
+
+
 def retire(settings: Settings, *, by: str = "", note: str = "") -> list[int]:
     """Remove what older versions have published; returns which they were.
 
@@ -62,13 +65,13 @@ def retire(settings: Settings, *, by: str = "", note: str = "") -> list[int]:
             }
             with tracking.version_run(settings, info, "retire", audit) as tracker:
                 if info.tags.get("publication") != RETIRED:
-                    retired = {"publication": RETIRED, CLEANED_TAG: None, **audit}
+                    retired = {**audit, CLEANED_TAG: None, "publication": RETIRED}  # what decides is last
                     versions.set_tags(settings, info.version, retired)
-                said = _remove(settings, info, still_here)
-                tracker.note({"hllm.removed": said})
-            versions.set_tags(settings, info.version, {CLEANED_TAG: said})
+                _remove(settings, info, still_here)
+                tracker.note({"hllm.removed": REMOVED})
+            versions.set_tags(settings, info.version, {CLEANED_TAG: REMOVED})
         removed.append(info.version)
-        say(f"retire: version {info.version}, {said}, in {time.monotonic() - began:.1f} s")
+        say(f"retire: version {info.version}: {REMOVED} removed in {time.monotonic() - began:.1f} s")
     if not removed:
         say("retire: nothing to remove")
     return removed
@@ -96,20 +99,20 @@ def to_retire(settings: Settings) -> list[VersionInfo]:
     ]
 
 
-def _remove(settings: Settings, info: VersionInfo, still_here: Callable[[], None]) -> str:
-    online = _remove_from_feast(settings, info.version)
+def _remove(settings: Settings, info: VersionInfo, still_here: Callable[[], None]) -> None:
+    _remove_from_feast(settings, info.version)
     if settings.feast.online == "redis":
-        online = _remove_redis_rows(settings, info.version, still_here)
-    files = sum(remove_offline(settings, entity, info.version) for entity in ENTITIES)
+        _remove_redis_rows(settings, info.version, still_here)
+    for entity in ENTITIES:
+        remove_offline(settings, entity, info.version)
     outputs = Store(settings.run.root)
     for manifest in outputs.finished(REFRESH):
         if manifest.facts["version"] == info.version:
             outputs.forget(REFRESH, manifest.key)
     outputs.forget(PUBLISH, f"v{info.version}")
-    return f"{online}, {files} offline {'tables' if settings.feast.offline == 'postgres' else 'files'}"
 
 
-def _remove_from_feast(settings: Settings, version: int) -> str:
+def _remove_from_feast(settings: Settings, version: int) -> None:
     """The service first: nobody finds views that are going. SQLite and PostgreSQL drop the views' tables."""
     store = open_store(settings)
     names = {view_name(entity, version) for entity in ENTITIES}
@@ -127,11 +130,10 @@ def _remove_from_feast(settings: Settings, version: int) -> str:
         ]
         if going:
             store.apply([], objects_to_delete=going, partial=False)
-    return f"{len(going)} views with their online tables"
 
 
-def _remove_redis_rows(settings: Settings, version: int, still_here: Callable[[], None]) -> str:
-    redis, total = connect(settings), 0
+def _remove_redis_rows(settings: Settings, version: int, still_here: Callable[[], None]) -> None:
+    redis = connect(settings)
     for entity in ENTITIES:
         with Progress(f"retire {view_name(entity, version)}", 0) as progress:
 
@@ -139,5 +141,4 @@ def _remove_redis_rows(settings: Settings, version: int, still_here: Callable[[]
                 still_here()
                 progress.advance(count)
 
-            total += rows_of(settings, entity, version).remove(redis, gone)
-    return f"{total:,} online rows"
+            rows_of(settings, entity, version).remove(redis, gone)

@@ -45,6 +45,8 @@ from hllm.work.objects import (
 )
 
 MANIFEST = "manifest.json"
+FORGOTTEN = ".forgotten"
+"""An empty file in an output that is being removed."""
 USED = ".used"
 """An empty file in an output: when it was written, a step last relied on that output."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -241,13 +243,37 @@ class Store:
             print(f"warning: checkpoints stay: {error.first_line}", file=sys.stderr)
 
     def forget(self, step: str, key: str) -> None:
-        """Remove an output, its manifest first: from then on it is not done."""
-        folder = self.folder(step, key)
+        """Remove an output, its manifest first: from then on it is not done. A mark stays to the last, by
+        which who is killed in between is known (`half_forgotten`)."""
+        folder, location = self.folder(step, key), self.location(step, key)
+        if folder.is_dir() and not self.remote:
+            (folder / FORGOTTEN).touch()
         (folder / MANIFEST).unlink(missing_ok=True)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                clear(path)
+            elif path.name != FORGOTTEN:
+                path.unlink(missing_ok=True)
         clear(folder)
         if self.remote:
-            found = list_objects(f"{self.location(step, key)}/")
-            delete_objects(sorted(found, key=lambda place: not place.endswith(f"/{key}/{MANIFEST}")))
+            found = list_objects(f"{location}/")
+            if not found:
+                return
+            write_object(f"{location}/{FORGOTTEN}", b"")
+            last = {f"{location}/{MANIFEST}": 0, f"{location}/{FORGOTTEN}": 2}
+            delete_objects(
+                sorted([*found, f"{location}/{FORGOTTEN}"], key=lambda place: last.get(place, 1))
+            )
+
+    def half_forgotten(self, step: str) -> list[str]:
+        """Keys of outputs whose removal was broken off."""
+        if self.remote:
+            start = f"{self.root}/{step}/"
+            places = [place.removeprefix(start) for place in list_objects(start)]
+            return sorted(
+                place.partition("/")[0] for place in places if place.partition("/")[2] == FORGOTTEN
+            )
+        return sorted(path.parent.name for path in (self.local / step).glob(f"*/{FORGOTTEN}"))
 
     def size(self, step: str, key: str) -> int:
         """Bytes that an output takes where it lives; a copy of it on this machine is not counted."""

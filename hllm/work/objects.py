@@ -108,6 +108,7 @@ def s3_errors(location: str, setting: str = "") -> Iterator[None]:
         NoCredentialsError,
         SSLError,
     )
+    from s3transfer.exceptions import RetriesExceededError
 
     where = f"{setting} = {location}" if setting else location
     try:
@@ -151,7 +152,7 @@ def s3_errors(location: str, setting: str = "") -> Iterator[None]:
         ) from None
     except FlexibleChecksumError as error:
         raise InfraError(_one_line(error), where=where, remedy=CHECKSUMS) from None
-    except (BotoCoreError, Boto3Error) as error:
+    except (BotoCoreError, Boto3Error, RetriesExceededError) as error:
         raise InfraError(
             _one_line(error),
             where=where,

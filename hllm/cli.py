@@ -256,6 +256,12 @@ def recommend(
     version: Annotated[
         str | None, typer.Option("--version", help="Model version; the one that serves when left out.")
     ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            "--family", help="A family that needs no training (neighbours), on the prepared log alone."
+        ),
+    ] = None,
     config: Config = None,
     set: Set = None,
     debug: Debug = False,
@@ -263,9 +269,14 @@ def recommend(
     """Recommend items to a user, or after a history of item ids, with their titles."""
     with _command(debug):
         from hllm.recommend import recommend as act
+        from hllm.recommend import recommend_untrained
 
+        settings = settings_module.load(config, set or ())
         items = next(csv.reader([history], skipinitialspace=True)) if history is not None else None
-        typer.echo(act(settings_module.load(config, set or ()), version, user, items, count))
+        if family is not None:
+            typer.echo(recommend_untrained(settings, family, user, items, count))
+        else:
+            typer.echo(act(settings, version, user, items, count))
 
 
 @app.command()

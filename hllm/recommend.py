@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
 
+from hllm.data.prepared import Prepared
 from hllm.embedding.package import Package
 from hllm.errors import ConfigError, DataError
 from hllm.features.export import USER
 from hllm.features.store import open_store, service_errors
 from hllm.features.views import view_name
+from hllm.models.family import family, untrained
+from hllm.pipeline import keys
 from hllm.registry import versions
 from hllm.serving.retriever import Recommendation, Retriever
 from hllm.settings import Settings
@@ -68,6 +71,52 @@ def recommend(
     return _text(info, package, request, found)
 
 
+def recommend_untrained(
+    settings: Settings, name: str, user: str | None, history: list[str] | None, k: int
+) -> str:
+    """A table of the k best items by a family that needs no training, from the prepared output of these
+    settings.
+
+    Raises:
+        ConfigError: neither or both of user and history, or a family that is trained.
+        DataError: `prepare` has not run, or it does not know the user or any item of the history.
+    """
+    if (user is None) == (history is None):
+        raise ConfigError("give either --user or --history", where="hllm recommend")
+    chosen = family(name)
+    if chosen.stages or not hasattr(chosen.module, "scorer"):
+        able = [each.name for each in untrained() if hasattr(each.module, "scorer")]
+        raise ConfigError(
+            "recommends by its registered versions (leave --family out)" if chosen.stages else "cannot",
+            where=f"--family {name}",
+            remedy=f"Without training recommend: {', '.join(able)}.",
+        )
+    prepared = Prepared.open(Store(settings.run.root).fetch("prepare", keys(settings)["prepare"]))
+    table = prepared.item_table(["item_id", "title"])
+    ids, titles = table["item_id"].to_pylist(), table["title"].to_pylist()
+    if user is not None:
+        users = prepared.user_table(["user_id"])["user_id"].to_pylist()
+        if user not in users:
+            raise DataError("is not in the prepared log", where=f"user {user!r}")
+        at = users.index(user)
+        start, end = prepared.user_offsets[at : at + 2]
+        seen = np.asarray(prepared.event_items[start:end], np.int64)
+    else:
+        places = {item: place for place, item in enumerate(ids)}
+        seen = np.array([places[item] for item in history or () if item in places], np.int64)
+        if not len(seen):
+            raise DataError("none of these items is in the catalogue", where="--history")
+    scores_I = chosen.module.scorer(settings, prepared)([seen])[0]
+    scores_I[seen] = -np.inf
+    best = np.argsort(-scores_I, kind="stable")[:k]
+    rows = [
+        (number, _in_one_line(ids[item]), _in_one_line(titles[item] or ""), f"{scores_I[item]:.4f}")
+        for number, item in enumerate(best, 1)
+    ]
+    heading = f"{chosen.title}, nothing trained, after {len(seen):,} events"
+    return f"{heading}\n" + tabulate(rows, headers=("", "item", "title", "score"), disable_numparse=True)
+
+
 def _version(settings: Settings, version: str | None) -> VersionInfo:
     if version is not None:
         return versions.registered_version(settings, version)
@@ -116,8 +165,6 @@ def of_user(settings: Settings, info: VersionInfo, user: str) -> Request:
 def _log_of(settings: Settings, info: VersionInfo, user: str) -> list[str]:
     """The user's items in the log that the version was trained on, oldest first; none if it is not there."""
     import pyarrow.parquet as parquet
-
-    from hllm.data.prepared import Prepared
 
     with server.mlflow_errors(settings):
         tags = server.client(settings).get_run(info.run_id).data.tags if info.run_id else {}

@@ -18,7 +18,8 @@ no stages and defines
 
     ranks(settings, prepared, held_out) -> Ranks              where each held-out event's item stands
 
-and may define `scores(settings, prepared, held_out)`, (R,) how likely each event's user likes its item.
+and may define `scores(settings, prepared, held_out)`, (R,) how likely each event's user likes its item, and
+`scorer(settings, prepared)`, a function from histories to scores (B, I), by which it recommends.
 """
 
 from __future__ import annotations

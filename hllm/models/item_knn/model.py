@@ -1,0 +1,23 @@
+"""Item-kNN as a family: nothing is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hllm.data.prepared import Prepared
+from hllm.models.common.neighbours import Scorer, knn_scorer, rank_by_scores, scores_of_targets
+from hllm.models.common.ranking import HeldOut, Ranks
+from hllm.settings import Settings
+
+
+def scorer(settings: Settings, prepared: Prepared) -> Scorer:
+    return knn_scorer(prepared)
+
+
+def ranks(settings: Settings, prepared: Prepared, held_out: HeldOut) -> Ranks:
+    return rank_by_scores(knn_scorer(prepared), held_out)
+
+
+def scores(settings: Settings, prepared: Prepared, held_out: HeldOut) -> npt.NDArray[np.float64]:
+    return scores_of_targets(knn_scorer(prepared), held_out)

@@ -17,6 +17,9 @@ class Stage(Section):
     negatives: int = Field(512, ge=1)
     """Items drawn uniformly from the catalogue, shared by the batch; at least the catalogue's size means all
     of it."""
+    cold_negatives: bool = False
+    """Whether items without a training event are drawn as negatives, too: that teaches a model that new items
+    are wrong."""
     epochs: float = Field(1.0, gt=0)
     """Passes over all windows; ignored when `steps` is given."""
     steps: int = Field(0, ge=0)

@@ -26,10 +26,11 @@ class Batches:
         negatives: int,
         seed: int,
         users: npt.NDArray[np.bool_] | None = None,
+        cold_negatives: bool = True,
     ) -> None:
-        """`users` (U,) says whose events train; all when left out."""
+        """`users` (U,) says whose events train; all when left out. Without `cold_negatives`, items that have
+        no training event are no negatives."""
         self.items, self.batch_size, self.seed = prepared.items, batch_size, seed
-        self.negatives = min(negatives, prepared.items)
         self.event_items = np.asarray(prepared.event_items, dtype=np.int64)
         self.event_times = np.asarray(prepared.event_times)
         self.event_labels = np.asarray(prepared.event_labels)
@@ -50,6 +51,9 @@ class Batches:
         owner = np.repeat(
             np.arange(prepared.users), np.asarray(prepared.train_ends) - np.asarray(prepared.train_starts)
         )
+        # Items that nobody had in training: as negatives they would be wrong for everybody.
+        known = np.arange(prepared.items) if cold_negatives else np.unique(self.event_items[trained])
+        self.known_items, self.negatives = known, min(negatives, len(known))
         self.own_keys = np.unique(owner * prepared.items + self.event_items[trained])
         self.text_I = numbered_texts(prepared)
 
@@ -93,11 +97,12 @@ class Batches:
 
     def _draw(self, step: int) -> npt.NDArray[np.int64]:
         """Uniform from the catalogue without repeats."""
-        if self.negatives == self.items:
-            return np.arange(self.items)
-        return np.random.default_rng((self.seed, 2, step)).choice(
-            self.items, self.negatives, replace=False, shuffle=False
+        if self.negatives == len(self.known_items):
+            return self.known_items
+        drawn = np.random.default_rng((self.seed, 2, step)).choice(
+            len(self.known_items), self.negatives, replace=False, shuffle=False
         )
+        return self.known_items[drawn]
 
     def _own(
         self, users_S: npt.NDArray[np.int64], negatives_N: npt.NDArray[np.int64]

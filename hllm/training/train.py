@@ -112,7 +112,15 @@ def new_batches(
     if own is not None:
         batches: Batches = own(prepared, stage, seed, users)
         return batches
-    return Batches(prepared, stage.history_length, stage.batch_size, stage.negatives, seed, users)
+    return Batches(
+        prepared,
+        stage.history_length,
+        stage.batch_size,
+        stage.negatives,
+        seed,
+        users,
+        stage.cold_negatives,
+    )
 
 
 def prepare_layers(model: Recommender, stage: Stage) -> None:

@@ -16,6 +16,7 @@ from hllm.comparison.compare import compare
 from hllm.comparison.file import read
 from hllm.comparison.work import jobs, pipelines
 from hllm.errors import DataError
+from hllm.models.family import untrained
 from hllm.work.mlflow import client
 from tests.world import TinySource, run_steps, tiny_settings, toml
 
@@ -79,7 +80,7 @@ def test_a_finished_comparison_is_a_table_a_page_and_runs(file: Path):
     folder = compare(file)
     assert folder is not None
     numbers = json.loads((folder / "results.json").read_text("utf-8"))
-    assert numbers["models"].keys() == {"half", "all", "Most popular"}
+    assert numbers["models"].keys() == {"half", "all", *(each.title for each in untrained())}
     for name in ("half", "all"):
         own = [one for one in found if one.entry.name == name]
         metrics = [json.loads((one.folder("evaluate") / "metrics.json").read_text("utf-8")) for one in own]

@@ -12,6 +12,7 @@ from hllm.data.prepared import Prepared
 from hllm.errors import DataError
 from hllm.evaluation import evaluate as module
 from hllm.evaluation.metrics import evaluate_ranks
+from hllm.models.family import untrained
 from hllm.pipeline import Context, steps
 from hllm.settings import Settings
 from hllm.work.artifacts import Store, file_digests
@@ -53,7 +54,8 @@ def test_its_files_hold_what_they_promise(tmp_path, histories, vectors):
     running = context(tmp_path, histories)
     module.evaluate(running)
     metrics = json.loads((running.output / "metrics.json").read_text())
-    assert set(metrics["models"]) == {*LABELS, "popular"}
+    assert set(metrics["models"]) == {*LABELS, *(each.name for each in untrained())}
+    models = len(metrics["models"])
     assert (metrics["candidate"], metrics["headline"], metrics["rows"], metrics["catalogue"]) == (
         "hllm-2",
         "filtered",
@@ -61,7 +63,7 @@ def test_its_files_hold_what_they_promise(tmp_path, histories, vectors):
         30,
     )
     table = parquet.read_table(running.output / "ranks.parquet")
-    assert table.num_rows == 4 * 40
+    assert table.num_rows == models * 40
     for label, model in metrics["models"].items():
         rows = table.filter(np.array(table["model"].to_pylist()) == label)
         for mode in ("filtered", "unfiltered"):
@@ -69,7 +71,7 @@ def test_its_files_hold_what_they_promise(tmp_path, histories, vectors):
             again = evaluate_ranks(ranks, users, (5, 10), samples=50, confidence=0.95, seed=17)
             assert model["overall"][mode] == again
         assert sum(model["segments"][f"item:{name}"]["rows"] for name in ("cold", "long_tail", "other")) == 40
-    assert running.rows == {"held_out_events": 40, "items": 30, "models": 4}
+    assert running.rows == {"held_out_events": 40, "items": 30, "models": models}
     assert running.facts["candidate"] == "hllm-2"
     assert running.facts["ndcg@10"] == pytest.approx(
         metrics["models"]["hllm-2"]["overall"]["filtered"]["ndcg@10"]["value"], abs=1e-6

@@ -94,3 +94,21 @@ def test_a_share_of_the_users_trains_on_their_events_alone(tmp_path: Path):
     targets = np.maximum(np.asarray(prepared.train_ends) - np.asarray(prepared.user_offsets[:-1]) - 1, 0)
     assert len(learned) == int(targets[half].sum())
     assert training_users(8, 1.0, seed=3) is None
+
+
+def test_an_item_without_a_training_event_is_no_negative(prepared: Prepared):
+    trained = np.concatenate(
+        [
+            np.asarray(prepared.event_items[start:end])
+            for start, end in zip(prepared.train_starts, prepared.train_ends, strict=True)
+        ]
+    )
+    fewer = dataclasses.replace(
+        prepared, event_items=np.where(prepared.event_items == trained[0], trained[1], prepared.event_items)
+    )  # nobody had this item
+    for negatives in (5, 10_000):
+        batches = Batches(fewer, 4, 3, negatives, seed=1, cold_negatives=False)
+        drawn = {item for step in range(40) for item in batches[step].negatives_N.tolist()}
+        assert trained[0] not in drawn
+        assert drawn <= set(trained.tolist())
+    assert trained[0] in Batches(fewer, 4, 3, 10_000, seed=1)[0].negatives_N

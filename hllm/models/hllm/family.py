@@ -74,10 +74,13 @@ FAMILY = Family(
                 "whiten",
             ),
             # 2: a random User LLM starts with larger inputs; a frozen BERT is read without its dropout.
-            revision=2,
+            # 3: items without a training event are no negatives.
+            revision=3,
         ),
         TrainingStage(
-            ("user_llm.frozen", "user_llm.lora_rank", "generative_weight", "dropout"), cached_items=True
+            ("user_llm.frozen", "user_llm.lora_rank", "generative_weight", "dropout"),
+            cached_items=True,
+            revision=2,
         ),
     ),
     reads=frozenset({"texts", "times", "labels"}),

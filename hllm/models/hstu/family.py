@@ -11,7 +11,7 @@ FAMILY = Family(
     title="HSTU",
     code="hllm.models.hstu.model",
     settings=IdModel,
-    stages=(TrainingStage(("width", "layers", "heads", "dropout", "temperature")),),
+    stages=(TrainingStage(("width", "layers", "heads", "dropout", "temperature"), revision=2),),
     reads=frozenset({"ids", "times"}),
     bounded_history=True,
     renamed={"model.hstu": "", "model.temperature": "temperature", "train.hstu": "stage1"},

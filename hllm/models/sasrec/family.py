@@ -10,7 +10,7 @@ FAMILY = Family(
     title="SASRec",
     code="hllm.models.sasrec.model",
     settings=IdModel,
-    stages=(TrainingStage(("width", "layers", "heads", "dropout", "temperature")),),
+    stages=(TrainingStage(("width", "layers", "heads", "dropout", "temperature"), revision=2),),
     reads=frozenset({"ids"}),
     bounded_history=True,
     renamed={"model.sasrec": "", "model.temperature": "temperature", "train.sasrec": "stage1"},

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+import hllm
 from hllm import settings as settings_module
 from hllm.errors import ConfigError, HLLMError, Terminated
 from hllm.foreign_errors import as_ours
@@ -28,6 +29,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", envvar="HLLM_CONFIG", help="Settings file (TOML).")
 ]
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hllm {hllm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")
+    ] = False,
+) -> None:
+    """HLLM: from an interaction log to vectors that a ranking model reads."""
+
+
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="A.B=C", help="Override one setting; may be repeated."),

@@ -46,8 +46,9 @@ cluster-test: setup  ## the DAGs as pods in a real Kubernetes, and what goes wro
 bench: setup  ## every speed and memory figure beside its peer, in one table
 	$(BIN)/python benchmarks/all.py
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and what may import what
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 .PHONY: help setup demo ui stop test test-fast test-slow chaos cluster-test bench lint

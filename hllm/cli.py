@@ -18,10 +18,11 @@ from hllm import settings as settings_module
 from hllm.errors import ConfigError, HLLMError, Terminated
 from hllm.foreign_errors import as_ours
 from hllm.models.family import Family, TrainedModel, families, family
-from hllm.pipeline import execute, export_step, limit_threads
+from hllm.pipeline import execute, export_step
 from hllm.settings import Settings
 from hllm.work import launch
 from hllm.work.ranks import told
+from hllm.work.step import limit_threads
 from hllm.work.termination import leave, printable, say, terminate, was_terminated
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

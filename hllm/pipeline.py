@@ -5,17 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import hllm
 from hllm.errors import ConfigError, DataError, InfraError
@@ -32,34 +24,9 @@ from hllm.work.artifacts import (
     digest_of,
     file_digests,
     file_schemas,
-    write_atomically,
 )
 from hllm.work.costs import Meter
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the pipeline."""
-
-    name: str
-    argv: tuple[str, ...]
-    title: str
-    needs: tuple[str, ...]
-    decides: tuple[str, ...]
-    """Dotted settings that change the output; together with the keys of `needs` they make the output's
-    key."""
-    run: str
-    """`module:function`, imported only when the step really runs: `function(context) -> None`."""
-    shared: bool = False
-    """Whether several processes can share the work (`run.processes`)."""
-    revision: int = 1
-    """Raised when the step's code changes what it writes."""
-    backbones: tuple[str, ...] = ()
-    """Dotted settings of backbones whose files it reads: their fingerprints belong to the key."""
-
-
-UNDECISIVE = {"checkpoint_minutes", "keep_checkpoints", "batch_rows"}
-"""How often work is saved, how much of a table is read at a time: whoever continues a run may change them."""
+from hllm.work.step import Context, Outcome, Step, limit_threads, load_function, settings_of
 
 PRUNED = ("ingest", "validate", "prepare")
 """Steps whose outputs `hllm prune` removes when nobody needs them any more."""
@@ -221,110 +188,9 @@ def keys(settings: Settings) -> dict[str, str]:
     return found
 
 
-def settings_of(step: Step, settings: Settings) -> dict[str, Any]:
-    """The values that decide a step's output."""
-    values = {dotted: settings.at(dotted) for dotted in step.decides}
-    return {
-        dotted: value.model_dump(mode="json", exclude=UNDECISIVE) if hasattr(value, "model_dump") else value
-        for dotted, value in values.items()
-    }
-
-
 def pipeline_key(keys: Mapping[str, str]) -> str:
     """Names one whole pipeline: same data, same settings, same key. The MLflow parent run carries it."""
     return digest_of(sorted(keys.items()))
-
-
-@dataclass
-class Context:
-    """What a running step sees: its settings, its inputs as local folders, and where to write."""
-
-    settings: Settings
-    step: Step
-    key: str
-    inputs: Mapping[str, Path]
-    output: Path
-    store: Store
-    tracker: Any = None
-    rows: dict[str, int] = field(default_factory=dict)
-    """Row counts for the manifest."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Anything small a reader of the manifest wants to know."""
-    carried: set[str] = field(default_factory=set)
-    """Files of the output that are in S3 before it is finished."""
-
-    @property
-    def work(self) -> Path:
-        """Scratch that survives a kill (checkpoints, partial shards) and is removed when the step is done."""
-        folder = self.output / WORK
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def has(self, path: Path) -> bool:
-        """Whether a part of the output is made already, by this run or an earlier one, here or elsewhere."""
-        found = False
-        if ranks.place().first and not (found := path.exists()):
-            found = self.store.bring(self.step.name, self.key, path.name)
-            if found:
-                self.carried.add(path.name)
-        return ranks.any_of(found)
-
-    def keep(self, path: Path) -> None:
-        """A part of the output is whole: in S3 it is safe at once, and the step continues after it."""
-        self.store.carry(self.step.name, self.key, path.name)
-        self.carried.add(path.name)
-
-    @property
-    def work_location(self) -> str:
-        """Where scratch outlives this machine: in S3 beside the output, or nowhere ("")."""
-        return self.store.work_location(self.step.name, self.key)
-
-    @property
-    def curves(self) -> Path:
-        return self.output / "curves.jsonl"
-
-    def log(self, values: Mapping[str, float], at: int) -> None:
-        """One point of each curve: kept in the output's `curves.jsonl` and sent to MLflow, by the first
-        process."""
-        if not ranks.place().first:
-            return
-        with self.curves.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"at": at, **{name: float(value) for name, value in values.items()}}) + "\n"
-            )
-        if self.tracker:
-            self.tracker.log_metrics(values, at)
-
-    def tidy_curves(self) -> None:
-        """A killed run logs the steps after its last checkpoint twice: the later point of each is kept."""
-        path, points = self.curves, {}
-        if path.exists():
-            for line in path.read_text("utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a kill can cut the last line
-                    point = json.loads(line)
-                    points[point["at"], *sorted(point)] = point
-            kept = sorted(points.values(), key=lambda point: point["at"])
-            write_atomically(path, "".join(json.dumps(point) + "\n" for point in kept).encode())
-
-    @contextlib.contextmanager
-    def graceful(self) -> Iterator[threading.Event]:
-        """SIGTERM sets the event instead of interrupting: finish the current unit of work, checkpoint, raise
-        Terminated."""
-        stopping = threading.Event()
-        if threading.current_thread() is not threading.main_thread():
-            yield stopping
-            return
-        before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-        try:
-            yield stopping
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    manifest: Manifest
-    reused: bool
 
 
 def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[str] | None = None) -> Outcome:
@@ -366,7 +232,7 @@ def execute(name: str, settings: Settings, force: bool = False, argv: Sequence[s
         else:
             inputs = _fetch(step, store, all_keys)
             context = Context(settings, step, key, inputs, store.folder(name, key), store)
-            _load(step.run)(context)
+            load_function(step.run)(context)
         ranks.barrier()  # until the first has written the manifest
         return outcome if place.first else Outcome(_finished(store, name, key), reused=False)
 
@@ -390,7 +256,7 @@ def _lead(step: Step, settings: Settings, store: Store, all_keys: Mapping[str, s
         with child_run(settings, pipeline_key(all_keys), name, settings_of(step, settings)) as tracker:
             context.tracker = tracker
             tracker.belongs_to(all_keys)
-            _load(step.run)(context)
+            load_function(step.run)(context)
             clear(output / WORK)
             files = file_digests(output, exclude=(WORK,))
             manifest = Manifest(
@@ -451,13 +317,3 @@ def _finished(store: Store, name: str, key: str) -> Manifest:
     return found
 
 
-def limit_threads(settings: Settings) -> None:
-    """OpenMP reads this when torch is first imported: one process must not take more cores than it was
-    given."""
-    if settings.run.threads:
-        os.environ.setdefault("OMP_NUM_THREADS", str(settings.run.threads))
-
-
-def _load(reference: str) -> Any:
-    module, _, function = reference.partition(":")
-    return getattr(importlib.import_module(module), function)

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from hllm.pipeline import WORK, Context, _load, keys, settings_of, steps
+from hllm.pipeline import keys, steps
 from hllm.settings import Settings
 from hllm.settings.loading import merge, refuse_unknown
-from hllm.work.artifacts import Manifest, Store, clear, digest_of, file_digests
+from hllm.work.artifacts import WORK, Manifest, Store, clear, digest_of, file_digests
+from hllm.work.step import Context, load_function, settings_of
 
 STRANGE_IDS = ("with space", 'quo"te', "new\nline", "🎬", "naïve,comma", "007")
 GENRES = ("space opera", "heist", "romance", "nature film")
@@ -156,7 +157,7 @@ def run_steps(settings: Settings, *names: str) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         inputs = {need: store.fetch(need, all_keys[need]) for need in step.needs}
         context = Context(settings, step, key, inputs, output, store)
-        _load(step.run)(context)
+        load_function(step.run)(context)
         clear(output / WORK)
         files = file_digests(output)
         now = datetime.now(UTC).isoformat(timespec="microseconds")

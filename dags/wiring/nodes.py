@@ -18,7 +18,7 @@ from kubernetes.client import ApiClient, ApiException, V1ObjectMeta, V1Pod
 from urllib3.exceptions import HTTPError
 
 from hllm.errors import Terminated
-from hllm.pipeline import digest_of
+from hllm.work.artifacts import digest_of
 from hllm.work.launch import TELLING
 from hllm.work.ranks import GONE
 from wiring.jobset import GROUP, PLURAL, VERSION, jobset, pods_of, rank_of

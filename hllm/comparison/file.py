@@ -32,7 +32,7 @@ from hllm import settings as settings_module
 from hllm.errors import ConfigError
 from hllm.evaluation.metrics import metric_names
 from hllm.evaluation.names import metric_name
-from hllm.report.words import SEGMENTS, segment_name
+from hllm.evaluation.segments import SEGMENTS, segment_name
 from hllm.settings import Settings, read_toml
 
 SEEDS = (17, 18, 19)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from hllm.comparison.file import Comparison, Entry
 from hllm.errors import ConfigError, DataError, HLLMError, InfraError, Terminated
-from hllm.pipeline import Context, keys, steps
+from hllm.pipeline import keys, steps
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest, Store
+from hllm.work.step import Context
 
 NEEDED_LAST = "evaluate"
 

@@ -22,10 +22,10 @@ from hllm.data.readers import Source, has_times, open_source
 from hllm.data.schema import conform, interactions_schema, items_schema, window
 from hllm.data.tables import open_parquet
 from hllm.errors import DataError
-from hllm.pipeline import Context
 from hllm.settings import Validation
 from hllm.work.artifacts import clear
 from hllm.work.progress import Progress
+from hllm.work.step import Context
 
 
 def ingest(context: Context) -> None:

@@ -7,8 +7,8 @@ from hllm.data.histories import number_and_sort, write_events
 from hllm.data.items import write_items
 from hllm.data.splits import write_splits
 from hllm.errors import DataError
-from hllm.pipeline import Context, tokenizer_setting
 from hllm.work.artifacts import clear
+from hllm.work.step import Context
 
 
 def prepare(context: Context) -> None:
@@ -29,7 +29,7 @@ def prepare(context: Context) -> None:
             )
         write_events(db, output, counts["events"])
         held_out = write_splits(db, output, settings)
-    tokenizer = tokenizer_setting(context.settings)
+    tokenizer = next(iter(context.step.backbones), "")  # the setting that names it
     texts = write_items(
         source / "items.parquet",
         output,

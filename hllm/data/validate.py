@@ -30,9 +30,9 @@ from hllm.data.schema import (
 )
 from hllm.data.validation_view import mark_interactions, mark_items
 from hllm.errors import DataError
-from hllm.pipeline import Context
 from hllm.settings import Data
 from hllm.work.artifacts import Manifest, clear, write_atomically
+from hllm.work.step import Context
 
 if TYPE_CHECKING:
     import duckdb

@@ -20,9 +20,10 @@ from hllm.embedding.users import vectors_of_histories
 from hllm.errors import DataError, Terminated
 from hllm.models.family import TrainedModel
 from hllm.models.load import load_user_model
-from hllm.pipeline import Context, candidate
+from hllm.pipeline import candidate
 from hllm.work.progress import Progress
 from hllm.work.ranks import any_of, device, place
+from hllm.work.step import Context
 
 ROW_GROUP = 50_000
 """Rows that a reader of an export holds at a time, whatever the file's length."""

@@ -17,9 +17,9 @@ from hllm.data.prepared import Prepared
 from hllm.errors import DataError, Terminated
 from hllm.models.common.packing import device_of, inference_precision
 from hllm.models.load import load_item_model
-from hllm.pipeline import Context
 from hllm.work.progress import Progress
 from hllm.work.ranks import any_of, device, place, total, turns
+from hllm.work.step import Context
 
 SHARD = "vectors-{:05d}.npy"
 # I items, D vector width

@@ -32,11 +32,12 @@ from hllm.models.common.ranking import (
     rank_by_vectors,
 )
 from hllm.models.family import TrainedModel, untrained
-from hllm.pipeline import Context, candidate
+from hllm.pipeline import candidate
 from hllm.settings import Settings
 from hllm.work.artifacts import write_atomically
 from hllm.work.progress import Progress
 from hllm.work.ranks import device, place
+from hllm.work.step import Context
 
 
 def evaluate(context: Context) -> None:

@@ -106,7 +106,7 @@ def _mean(found: Sequence[Aucs]) -> Aucs:
 
 
 def part_name(part: str) -> str:
-    from hllm.report.words import segment_name
+    from hllm.evaluation.segments import segment_name
 
     return PART_NAMES.get(part) or segment_name(part)
 

@@ -26,7 +26,7 @@ from hllm.errors import DataError
 from hllm.evaluation.ranker import measure, tables
 from hllm.models.family import TrainedModel
 from hllm.models.load import load_user_model
-from hllm.pipeline import Context, candidate
+from hllm.pipeline import candidate
 from hllm.ranker.encoding import Encoding
 from hllm.ranker.features import Features, read_offline, read_online
 from hllm.ranker.fit import fit
@@ -37,6 +37,7 @@ from hllm.settings import Settings
 from hllm.work.artifacts import clear, write_atomically
 from hllm.work.progress import Progress
 from hllm.work.ranks import device
+from hllm.work.step import Context
 
 if TYPE_CHECKING:
     from feast import FeatureStore

@@ -19,7 +19,7 @@ import typer
 import hllm
 from hllm.errors import GateError
 from hllm.models.family import family
-from hllm.pipeline import export_step, keys, limit_threads, pipeline_key, settings_of, steps
+from hllm.pipeline import export_step, keys, pipeline_key, steps
 from hllm.registry import versions
 from hllm.registry.versions import CANDIDATE, VersionInfo
 from hllm.report.description import describe
@@ -29,6 +29,7 @@ from hllm.work import costs, tracking
 from hllm.work import mlflow as server
 from hllm.work.artifacts import Manifest, Store, digest_of, write_atomically
 from hllm.work.objects import upload
+from hllm.work.step import limit_threads, settings_of
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

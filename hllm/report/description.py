@@ -7,9 +7,9 @@ from typing import Any
 
 from hllm.evaluation.gate import Verdict, name_of
 from hllm.evaluation.names import in_sentence, metric_name, model_name
+from hllm.evaluation.segments import segment_name
 from hllm.report.figures import Against, comparisons
 from hllm.report.ranker import gain_in_words, says
-from hllm.report.words import segment_name
 from hllm.work.artifacts import Manifest
 
 LIMIT = 4900

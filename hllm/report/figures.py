@@ -9,9 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from hllm.evaluation.names import CHAMPION, in_sentence, metric_name, model_name
+from hllm.evaluation.segments import FEW_USERS, segment_limit, segment_name
 from hllm.models.family import TrainedModel
 from hllm.report.charts import Group, Point, forest
-from hllm.report.words import FEW_USERS, segment_limit, segment_name
 from hllm.settings import Settings
 
 ROLES = ("candidate", "stage", "champion", "baseline", "untrained")

@@ -7,7 +7,7 @@ from typing import Any
 
 from hllm.evaluation.auc import METRICS
 from hllm.evaluation.ranker import PART_NAMES, part_name
-from hllm.report.words import FEW_USERS, segment_limit
+from hllm.evaluation.segments import FEW_USERS, segment_limit
 
 NAMES = {
     "base": "(a) base features",

@@ -6,29 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hllm.evaluation.names import metric_name
+from hllm.evaluation.segments import segment_limit, segment_name
 from hllm.models.family import TrainedModel, family
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest
-
-SEGMENTS = {"cold": "cold", "long_tail": "long tail", "other": "other"}
-FEW_USERS = 30
-"""An interval from fewer users is not to be trusted."""
-
-
-def segment_name(segment: str) -> str:
-    kind, _, name = segment.partition(":")
-    return f"{SEGMENTS[name]} {kind}s"
-
-
-def segment_limit(segment: str, limits: Mapping[str, int]) -> str:
-    """`1 to 29 training events`."""
-    kind, _, name = segment.partition(":")
-    cold, tail = limits[f"{kind}:cold"], limits[f"{kind}:long_tail"]
-    if name == "cold":
-        return f"at most {cold:,} training events" if cold else "no training events"
-    if name == "other":
-        return f"more than {max(cold, tail):,} training events"
-    return f"{cold + 1:,} to {tail:,} training events"
 
 
 def duration(seconds: float) -> str:

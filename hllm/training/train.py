@@ -18,12 +18,12 @@ from hllm.models.common.items import CachedItems
 from hllm.models.common.recommender import Recommender
 from hllm.models.family import Family, TrainedModel
 from hllm.models.load import new_model, next_stage, save_model
-from hllm.pipeline import Context
 from hllm.settings import Stage
 from hllm.training.batches import Batches, training_users
 from hllm.training.checkpoint import Checkpoints
 from hllm.training.loop import fit
 from hllm.work.ranks import device, place
+from hllm.work.step import Context
 
 if TYPE_CHECKING:
     from hllm.models.common.ranking import HeldOut

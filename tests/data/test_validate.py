@@ -21,9 +21,10 @@ from hllm.data.expectations import Docs
 from hllm.data.prepared import Prepared
 from hllm.data.validate import validate as run_validate
 from hllm.errors import DataError
-from hllm.pipeline import Context, keys, steps
+from hllm.pipeline import keys, steps
 from hllm.settings import Settings
 from hllm.work.artifacts import Store
+from hllm.work.step import Context
 from tests.world import TinySource, run_steps, tiny_settings, write_csv, write_items
 
 TinySettings = Callable[..., Settings]

@@ -16,9 +16,10 @@ from hllm.embedding.export import export
 from hllm.embedding.items import ItemVectors
 from hllm.embedding.package import Package
 from hllm.errors import DataError
-from hllm.pipeline import Context, steps
+from hllm.pipeline import steps
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest, Store, file_digests
+from hllm.work.step import Context
 from tests.conftest import Trained
 from tests.world import TinySource, run_steps, tiny_settings, write_csv, write_items
 

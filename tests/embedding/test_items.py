@@ -14,8 +14,9 @@ from hllm.embedding.items import ItemVectors, batches_by_tokens, embed_items
 from hllm.errors import DataError
 from hllm.models.hllm.items import TextItems
 from hllm.models.load import load_item_model
-from hllm.pipeline import Context, steps
+from hllm.pipeline import steps
 from hllm.work.artifacts import Store
+from hllm.work.step import Context
 from tests.conftest import Trained
 
 

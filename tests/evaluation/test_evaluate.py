@@ -13,9 +13,10 @@ from hllm.errors import DataError
 from hllm.evaluation import evaluate as module
 from hllm.evaluation.metrics import evaluate_ranks
 from hllm.models.family import untrained
-from hllm.pipeline import Context, steps
+from hllm.pipeline import steps
 from hllm.settings import Settings
 from hllm.work.artifacts import Store, file_digests
+from hllm.work.step import Context
 from tests.evaluation.world import prepare, random_histories, unit
 
 LABELS = ("hllm-1", "hllm-2", "sasrec-1")
@@ -114,7 +115,7 @@ def test_the_registered_family_is_the_candidate(tmp_path, histories, vectors):
     running = context(tmp_path, histories, family="sasrec")
     module.evaluate(running)
     assert json.loads((running.output / "metrics.json").read_text())["candidate"] == "sasrec-1"
-    assert "model.family" in running.step.decides
+    assert "model.family" in running.step.key_settings
 
 
 def test_nothing_held_out_is_said_and_not_averaged(tmp_path, vectors):

@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow.parquet as parquet
 
 from hllm.models.family import family
-from hllm.pipeline import export_step, keys, settings_of, steps
+from hllm.pipeline import export_step, keys, steps
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest, Store
+from hllm.work.step import settings_of
 from tests import world
 from tests.features.world import linked, prepared_registry
 

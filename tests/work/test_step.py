@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from hllm.cli import app
 from hllm.errors import ConfigError, DataError, InfraError
-from hllm.pipeline import _lead, execute, keys, pipeline_key, settings_of, steps
+from hllm.pipeline import _lead, execute, keys, pipeline_key, steps
 from hllm.plan import plan
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest, Store, digest_of
 from hllm.work.lease import claimed
 from hllm.work.objects import list_objects, write_object
 from hllm.work.ranks import Place
+from hllm.work.step import settings_of
 from tests.conftest import S3
 from tests.world import TinySource, run_steps, write_tiny_source
 
@@ -39,7 +40,7 @@ def test_every_step_comes_after_what_it_needs() -> None:
 def test_every_setting_that_decides_a_step_exists() -> None:
     settings = Settings()
     for step in steps(settings).values():
-        assert settings_of(step, settings).keys() == set(step.decides)
+        assert settings_of(step, settings).keys() == set(step.key_settings)
 
 
 def test_a_setting_changes_the_keys_of_what_depends_on_it_and_of_nothing_else(

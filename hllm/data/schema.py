@@ -178,9 +178,6 @@ def item_rules(validation: Validation) -> list[Rule]:
     suite.not_null("item_id", "missing_item_id", "have no item id", example="row")
     suite.unfit("item")
     suite.never(
-        "text_nul", True, "nul_in_text", "have a NUL in a text, which is no character", example="item_id"
-    )
-    suite.never(
         "created_at_unreadable",
         True,
         "unreadable_created_at",

@@ -31,7 +31,6 @@ def mark_items(db: duckdb.DuckDBPyConnection, raw: Path, marked: Path, rules: Se
         row,
         {_known_id("item_id")} AS item_id,
         {_unfit("item_id")} AS item_id_unfit,
-        {" OR ".join(map(_nul, texts)) or "false"} AS text_nul,
         {unreadable} AS created_at_unreadable,
         CASE WHEN {" + ".join(visible) or 0} = 0 THEN 0 ELSE {" + ".join(lengths) or 0} END AS text_chars
     """
@@ -98,10 +97,6 @@ def _unfit(column: str) -> str:
     """Line breaks and tabs are common in ids that people typed, and harm nobody."""
     control = "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f]"
     return f"coalesce(strlen({column}) > {LONGEST_ID} OR regexp_matches({column}, '{control}'), false)"
-
-
-def _nul(column: str) -> str:
-    return f"coalesce(regexp_matches({duck.name(column)}, '\\x00'), false)"
 
 
 def _known_id(column: str) -> str:

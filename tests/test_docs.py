@@ -73,11 +73,12 @@ def test_commands_are_found_where_they_are_named():
     assert any("--set data.path" in rest for _, rest in found)
 
 
-NO_SETTINGS = {"feast.feature_service", "hllm.output.STEP", "hllm.serving_version"}
-"""Named like settings: tags in MLflow, one of which Feast's integration with it reads."""
+NO_SETTINGS = {"feast.feature_service", "hllm.output.STEP", "hllm.serving_version", "hllm.families"}
+"""Named like settings: tags in MLflow, one of which Feast's integration with it reads; a group of entry
+points."""
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=relative)
 def test_documents_name_no_setting_that_there_is_not(path: Path):
     """Dotted names between backticks that begin with a section, and variables of the environment."""
     text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hllm.cli import app
 from hllm.errors import ConfigError, DataError, InfraError
+from hllm.models.family import untrained
 from hllm.pipeline import _lead, execute, keys, pipeline_key, steps
 from hllm.plan import plan
 from hllm.settings import Settings
@@ -76,7 +77,7 @@ def test_a_family_may_stop_after_its_first_stage(tmp_path: Path, tiny_source: Ti
     evaluated = run_steps(settings, *found)
     metrics = json.loads((evaluated / "metrics.json").read_text("utf-8"))
     assert metrics["candidate"] == "hllm-1"
-    assert metrics["models"].keys() == {"hllm-1", "sasrec-1", "popular"}
+    assert metrics["models"].keys() == {"hllm-1", "sasrec-1", *(each.name for each in untrained())}
 
 
 def test_a_share_of_the_users_changes_training_and_nothing_before_it(tiny_settings: TinySettings) -> None:
@@ -157,7 +158,7 @@ def test_what_was_removed_from_s3_is_made_again_and_no_old_copy_is_taken_for_it_
     made = execute("ingest", settings).manifest
     Store(settings.run.root, cache=tmp_path / "elsewhere").forget("ingest", key)
     with monkeypatch.context() as patch:
-        patch.setattr("hllm.pipeline._load", lambda _: lambda _: 1 / 0)
+        patch.setattr("hllm.pipeline.load_function", lambda _: lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             execute("ingest", settings)
     with pytest.raises(DataError, match="ingest has no finished output"):

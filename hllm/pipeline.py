@@ -66,6 +66,7 @@ def steps(settings: Settings) -> dict[str, Step]:
             (),
             ("data",),
             "hllm.data.ingest:ingest",
+            revision=2,  # the log keeps fractions of a second
         ),
         Step(
             "validate",

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Literal, cast, get_args
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,11 +21,18 @@ from hllm.data.ids import holds
 from hllm.errors import DataError
 
 Unit = Literal["s", "ms", "us", "ns", "iso"]
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
 def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Array]:
     """(seconds since 1970 UTC, the text of cells that are no time). Fractions of a second are cut off."""
+    whole, _, raw = moments(column, unit, where)
+    return whole, raw
+
+
+def moments(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """(seconds since 1970 UTC, nanoseconds within the second, the text of cells that are no time)."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.dictionary_decode(), kind.value_type
@@ -33,14 +41,13 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
     if pa.types.is_timestamp(
         column.type
     ):  # never by way of a finer unit, in which the year 300,000 is another
-        return _floor_divide(column.cast(pa.int64()), PER_SECOND[column.type.unit]), _nulls(column)
+        return _parts(column.cast(pa.int64()), PER_SECOND[column.type.unit])
     if pa.types.is_decimal(kind):
         column, kind = column.cast(pa.string()), pa.string()
     if pa.types.is_integer(kind) and unit != "iso":
-        whole = column.cast(pa.int64(), safe=False)
-        return _floor_divide(whole, PER_SECOND[unit]), _nulls(column)
+        return _parts(column.cast(pa.int64(), safe=False), PER_SECOND[unit])
     if pa.types.is_null(kind):
-        return column.cast(pa.int64()), _nulls(column)
+        return _parts(column.cast(pa.int64()), 1)
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or _is_text(kind)):
         raise DataError(f"holds {kind}, not times", where=where, remedy="See data.timestamp_unit.")
     if unit != "iso" and _is_text(kind):
@@ -48,22 +55,29 @@ def seconds(column: pa.Array, unit: Unit, where: str) -> tuple[pa.Array, pa.Arra
         try:  # the common case, without a Python loop
             if holds(column, b"x") or holds(column, b"X"):  # Arrow reads 0x10 as 16
                 raise pa.ArrowInvalid
-            return _floor_divide(column.cast(pa.int64()), PER_SECOND[unit]), _nulls(column)
+            return _parts(column.cast(pa.int64()), PER_SECOND[unit])
         except pa.ArrowInvalid:
             pass
-    return _each(
+    pairs, raw = _each(
         column,
-        _iso_seconds if unit == "iso" else lambda cell: _number_seconds(cell, PER_SECOND[unit]),
-        pa.int64(),
+        _iso_moment if unit == "iso" else lambda cell: _number_moment(cell, PER_SECOND[unit]),
+        pa.struct([("seconds", pa.int64()), ("nanos", pa.int32())]),
     )
+    return pc.struct_field(pairs, "seconds"), pc.struct_field(pairs, "nanos"), raw
+
+
+def _parts(column: pa.Array, per_second: int) -> tuple[pa.Array, pa.Array, pa.Array]:
+    whole = _floor_divide(column, per_second)
+    rest = pc.subtract(column, pc.multiply(whole, per_second)) if per_second > 1 else pc.multiply(whole, 0)
+    return whole, pc.multiply(rest, 1_000_000_000 // per_second).cast(pa.int32()), _nulls(column)
 
 
 def fitting_unit(cells: Sequence[str], earliest: float, latest: float) -> Unit | None:
     """The unit in which all of these lie between two moments (seconds), found by trying each."""
     for unit in get_args(Unit):
         with suppress(ValueError, OverflowError):
-            read = [_iso_seconds(c) if unit == "iso" else _number_seconds(c, PER_SECOND[unit]) for c in cells]
-            if read and all(time is not None and earliest <= time <= latest for time in read):
+            read = [_iso_moment(c) if unit == "iso" else _number_moment(c, PER_SECOND[unit]) for c in cells]
+            if read and all(time is not None and earliest <= time["seconds"] <= latest for time in read):
                 return cast("Unit", unit)
     return None
 
@@ -168,9 +182,9 @@ def _floor_divide(column: pa.Array, by: int) -> pa.Array:
 
 
 def _each(
-    column: pa.Array, read: Callable[[object], float | None], kind: pa.DataType
+    column: pa.Array, read: Callable[[object], Any], kind: pa.DataType
 ) -> tuple[pa.Array, pa.Array]:
-    values: list[float | None] = []
+    values: list[Any] = []
     raw: list[str | None] = []
     for cell in column.to_pylist():
         try:
@@ -182,20 +196,22 @@ def _each(
     return pa.array(values, kind), pa.array(raw, pa.string())
 
 
-def _number_seconds(cell: object, per_second: int) -> int | None:
+def _number_moment(cell: object, per_second: int) -> dict[str, int] | None:
     if _missing(cell):
         return None
     try:
-        whole = int(str(cell))
-    except ValueError:
-        whole = math.floor(float(str(cell)))
-    found = whole // per_second
-    if abs(found) >= 2**63:
+        number = Decimal(str(cell))
+    except InvalidOperation:
+        raise ValueError from None
+    if not number.is_finite() or number.adjusted() > 40:
         raise OverflowError
-    return found
+    whole, rest = divmod(math.floor(number * 1_000_000_000 / per_second), 1_000_000_000)
+    if abs(whole) >= 2**63:
+        raise OverflowError
+    return {"seconds": whole, "nanos": rest}
 
 
-def _iso_seconds(cell: object) -> int | None:
+def _iso_moment(cell: object) -> dict[str, int] | None:
     if _missing(cell):
         return None
     # BigQuery and others write the zone as a word; Java in brackets behind the offset.
@@ -203,7 +219,12 @@ def _iso_seconds(cell: object) -> int | None:
         r" ?(UTC|GMT)$|(?<=[Z\d])\[[\w/+-]+\]$", lambda found: "Z" if found[1] else "", str(cell).strip()
     )
     moment = datetime.fromisoformat(text)
-    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - EPOCH
+    nanos = since.microseconds * 1_000
+    finer = re.search(r"[.,]\d{6}(\d{1,3})", text)  # beyond what a datetime holds
+    if finer:
+        nanos += int(finer[1].ljust(3, "0"))
+    return {"seconds": since.days * 86_400 + since.seconds, "nanos": nanos}
 
 
 def _label(cell: object) -> int | None:

@@ -30,7 +30,7 @@ def number_and_sort(
     db.execute(
         f"""
         CREATE TABLE log AS
-        SELECT log.row, log.user_id, items.item_index, log.timestamp,
+        SELECT log.row, log.user_id, items.item_index, log.timestamp, coalesce(log.nanos, 0) AS nanos,
             coalesce(log.label, -1)::TINYINT AS label
         FROM {duck.numbered(interactions)} AS log JOIN items USING (item_id)
         """
@@ -46,8 +46,9 @@ def number_and_sort(
     db.execute(
         """
         CREATE TABLE events AS
-        SELECT users.user_index, log.item_index, log.timestamp, log.label, log.row
-        FROM log JOIN users USING (user_id) ORDER BY users.user_index, log.timestamp, log.row
+        SELECT users.user_index, log.item_index, log.timestamp, log.nanos, log.label, log.row
+        FROM log JOIN users USING (user_id)
+        ORDER BY users.user_index, log.timestamp, log.nanos, log.row
         """
     )
     db.execute("DROP TABLE log")
@@ -66,7 +67,7 @@ def _keep_core(db: duckdb.DuckDBPyConnection, k: int) -> None:
 def write_events(db: duckdb.DuckDBPyConnection, output: Path, events: int) -> None:
     """event_items, event_times, event_labels and user_offsets; read from DuckDB and written in parts."""
     columns = {"event_items": "item_index", "event_times": "timestamp", "event_labels": "label"}
-    query = "SELECT item_index, timestamp, label FROM events ORDER BY user_index, timestamp, row"
+    query = "SELECT item_index, timestamp, label FROM events ORDER BY user_index, timestamp, nanos, row"
     with ExitStack() as stack:
         files = {name: stack.enter_context(array_file(output, name, events)) for name in columns}
         for batch in db.sql(query).to_arrow_reader(FETCH_ROWS):

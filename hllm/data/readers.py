@@ -197,10 +197,10 @@ def _table_events(source: Source) -> Iterator[pa.RecordBatch]:
             "item_id": ids(batch.column(columns.item_id), f"{where}, column {columns.item_id}"),
         }
         if columns.timestamp:
-            times = cells.seconds(
+            times = cells.moments(
                 batch.column(columns.timestamp), data.timestamp_unit, f"{where}, column {columns.timestamp}"
             )
-            found["timestamp"], found["timestamp_raw"] = times
+            found["timestamp"], found["nanos"], found["timestamp_raw"] = times
         else:
             found["timestamp"] = pa.array(
                 np.arange(rows, rows + batch.num_rows, dtype=np.int64) + data.order_starts
@@ -247,7 +247,7 @@ def _movielens_events(source: Source) -> Iterator[pa.RecordBatch]:
     where = source.interactions_at
     wanted = dict.fromkeys(("user_id:token", "item_id:token", "rating:float", "timestamp:float"), "")
     for batch in _atomic(source, where, wanted):
-        times, times_raw = cells.seconds(batch.column("timestamp:float"), "s", where)
+        times, nanos, times_raw = cells.moments(batch.column("timestamp:float"), "s", where)
         ratings, ratings_raw = cells.numbers(batch.column("rating:float"))
         positive = [
             None if rating is None else int(rating >= source.data.positive_rating) for rating in ratings
@@ -257,6 +257,7 @@ def _movielens_events(source: Source) -> Iterator[pa.RecordBatch]:
                 "user_id": batch.column("user_id:token"),
                 "item_id": batch.column("item_id:token"),
                 "timestamp": times,
+                "nanos": nanos,
                 "timestamp_raw": times_raw,
                 "label": pa.array(positive, pa.int8()),
                 "label_raw": ratings_raw,

@@ -1,7 +1,10 @@
 """The two canonical tables, and beside them the expectations that protect them.
 
     items          item_id, any number of text columns, optional created_at (int64 seconds UTC)
-    interactions   user_id, item_id, timestamp (int64 seconds UTC), label (0, 1 or null), event
+    interactions   user_id, item_id, timestamp (int64 seconds UTC) and nanos (nanoseconds within the second,
+                   null for 0), label (0, 1 or null), event
+
+Events are ordered by (timestamp, nanos), then as in the file. What models read of a time is its second.
 
 A `*_raw` column holds the text of a cell that could not be read and is gone after validation.
 
@@ -28,6 +31,7 @@ INTERACTIONS = pa.schema(
         ("user_id", pa.string()),
         ("item_id", pa.string()),
         ("timestamp", pa.int64()),
+        ("nanos", pa.int32()),
         ("label", pa.int8()),
         ("event", pa.string()),
     ]
@@ -251,7 +255,7 @@ def interaction_rules(validation: Validation, now: datetime) -> list[Rule]:
         "repeats",
         True,
         "duplicate_event",
-        "repeat an earlier event (same user, item and second)",
+        "repeat an earlier event (same user, item and time)",
         limit="max_duplicates",
         example="item_id",
     )

@@ -68,7 +68,8 @@ def _train_counts(db: duckdb.DuckDBPyConnection, settings: Prepare) -> dict[str,
         trains = f"""
             SELECT item_index FROM (
                 SELECT item_index, count(*) OVER (PARTITION BY user_index) AS n,
-                    row_number() OVER (PARTITION BY user_index ORDER BY timestamp, row) AS place FROM events
+                    row_number() OVER (
+                        PARTITION BY user_index ORDER BY timestamp, nanos, row) AS place FROM events
             ) WHERE n < {LEAST_EVENTS} OR place <= n - 2
         """
     else:

@@ -53,12 +53,13 @@ def mark_interactions(
             ELSE 'quarantined' END AS catalogue
         FROM (
             SELECT row, {_known_id("user_id")} AS user_id, {_known_id("item_id")} AS item_id, timestamp,
+                coalesce(nanos, 0) AS nanos,
                 {_unfit("user_id")} AS user_id_unfit, {_unfit("item_id")} AS item_id_unfit,
                 CASE WHEN label_raw IS NULL THEN label ELSE -1 END AS label
             FROM {duck.numbered(raw)}
         ) AS log LEFT JOIN ({catalogue}) AS known ON log.item_id = known.item_id
     """
-    _write(db, query, "user_id, item_id, timestamp", marked, rules)
+    _write(db, query, "user_id, item_id, timestamp, nanos", marked, rules)
 
 
 def _write(

@@ -136,8 +136,9 @@ class Log:
         db.execute(
             f"""
             CREATE TABLE log AS
-            SELECT row, user_id, item_index, timestamp FROM {duck.numbered(interactions)}
-            JOIN known_items USING (item_id) WHERE timestamp <= {int(until)}
+            SELECT row, user_id, item_index, timestamp, coalesce(nanos, 0) AS nanos
+            FROM {duck.numbered(interactions)} JOIN known_items USING (item_id) WHERE timestamp <=
+            {int(until)}
             """
         )
 
@@ -207,11 +208,11 @@ class Log:
         events = self.db.execute(
             f"""
             SELECT number, item_index, timestamp FROM (
-                SELECT number, item_index, timestamp, row, row_number() OVER (
-                    PARTITION BY number ORDER BY timestamp DESC, row DESC) AS back
+                SELECT number, item_index, timestamp, nanos, row, row_number() OVER (
+                    PARTITION BY number ORDER BY timestamp DESC, nanos DESC, row DESC) AS back
                 FROM log JOIN (SELECT number, user_id FROM chosen WHERE {here}) USING (user_id)
                 WHERE timestamp <= {int(until)}
-            ) WHERE back <= {self.max_history} ORDER BY number, timestamp, row
+            ) WHERE back <= {self.max_history} ORDER BY number, timestamp, nanos, row
             """
         ).fetchnumpy()
         lengths_U = np.bincount(np.asarray(events["number"], np.int64) - begin, minlength=users)

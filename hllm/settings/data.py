@@ -69,7 +69,7 @@ class Validation(Section):
     max_unknown_items: float = Field(0.001, ge=0, le=1)
     """The largest share of interactions whose item the catalogue lacks."""
     max_duplicates: float = Field(0.01, ge=0, le=1)
-    """The largest share of events that repeat an earlier event (same user, item and second)."""
+    """The largest share of events that repeat an earlier event (same user, item and time)."""
     max_empty_texts: float = Field(0.01, ge=0, le=1)
     """The largest share of items without any text."""
     min_rows_vs_previous: float = Field(0.5, ge=0)

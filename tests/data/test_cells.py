@@ -61,3 +61,21 @@ def test_labels_are_read_from_numbers_texts_and_truth_values() -> None:
 def test_a_list_of_texts_is_one_text() -> None:
     assert cells.texts(pa.array([["a", "b"], [], None]), "here").to_pylist() == ["a, b", "", None]
     assert cells.texts(pa.array([1995.0, None]), "here").to_pylist() == ["1995", None]
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "expected"),
+    [
+        (pa.array([1_600_000_000_123, -1]), "ms", [(1_600_000_000, 123_000_000), (-1, 999_000_000)]),
+        (pa.array(["1600000000123456789"]), "ns", [(1_600_000_000, 123_456_789)]),
+        (pa.array(["1600000000.000000001", "1.5e9"]), "s", [(1_600_000_000, 1), (1_500_000_000, 0)]),
+        (pa.array([1_600_000_000.25]), "s", [(1_600_000_000, 250_000_000)]),
+        (pa.array(["2020-09-13T12:26:40.123456789Z"]), "iso", [(1_600_000_000, 123_456_789)]),
+        (pa.array(["1969-12-31T23:59:59.25Z"]), "iso", [(-1, 250_000_000)]),
+        (pa.array([1_600_000_000_123_456], pa.timestamp("us")), "s", [(1_600_000_000, 123_456_000)]),
+    ],
+)
+def test_a_time_keeps_the_precision_of_its_source(values, unit, expected):
+    whole, nanos, raw = cells.moments(values, unit, "here")
+    assert list(zip(whole.to_pylist(), nanos.to_pylist(), strict=True)) == expected
+    assert raw.null_count == len(values)

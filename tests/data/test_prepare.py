@@ -174,6 +174,7 @@ def test_the_core_is_the_largest_one(tmp_path: Path) -> None:
         user_id=[str(user) for user, _ in pairs],
         item_id=[str(item) for _, item in pairs],
         timestamp=range(len(pairs)),
+        nanos=[0] * len(pairs),
         label=[0] * len(pairs),
     )
     with duck.connect(tmp_path) as db:
@@ -291,3 +292,22 @@ def test_fields_are_joined_without_touching_their_values() -> None:
     )
     assert clean(" a\r\n\x00 b\u2028c ") == "a b c"
     assert clean(None) == ""
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_events_within_a_second_are_in_the_order_of_their_full_times(tmp_path: Path, unit: str) -> None:
+    """An export that is newest first; and the same item twice within a second is no repetition."""
+    per = {"ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}[unit]
+    events = [("u", item, T * per + at) for at, item in enumerate("abcabd")]
+    source = TinySource(
+        write_items(tmp_path / "items.parquet", item_id=list("abcd"), title=list("ABCD")),
+        write_csv(tmp_path / "log.csv", LOG, [*reversed(events), events[0]]),
+        [],
+        [],
+    )
+    sets = {"data.columns": {"texts": ["title"]}, "data.timestamp_unit": unit}
+    sets["validation.max_duplicates"] = 0.5
+    settings = world.tiny_settings(tmp_path, source, **sets)
+    prepared = Prepared.open(run_steps(settings, "ingest", "validate", "prepare"))
+    assert [("abcd")[item] for item in prepared.event_items] == list("abcabd")
+    assert set(prepared.event_times.tolist()) == {T}

@@ -21,6 +21,7 @@ from hllm.errors import ConfigError, DataError
 from hllm.evaluation.evaluate import evaluate_package
 from hllm.features.publish import publish
 from hllm.features.verify import verify
+from hllm.models.family import untrained
 from hllm.models.load import load_user_model
 from hllm.pipeline import steps
 from hllm.registry.promote import promote
@@ -192,7 +193,8 @@ def test_the_evaluation_counts_and_compares(judging: Judging):
     assert found["liked"] == int(np.asarray(prepared.event_labels)[positions].sum())
     # One held-out event for each user: nobody has both classes.
     assert found["users"] == found["users_with_one_class"] == len(positions)
-    assert set(found["models"]) == {"popular", "item-rate", "hllm-1", "hllm-2", "sasrec-1"}
+    known = {each.name for each in untrained()}
+    assert set(found["models"]) == {"item-rate", "hllm-1", "hllm-2", "sasrec-1", *known}
     assert set(found["differences"]) == set(found["models"]) - {"hllm-2"}
     assert set(found["models"]["hllm-2"]) == {"auc"}
     # The cheap baseline knows nothing here (what is liked depends on the user), whatever the model learned.

@@ -32,7 +32,7 @@ test: setup  ## the tests (no root, no server installed beforehand)
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not cluster"
 
 test-fast: setup  ## models, evaluation, data, settings and documents, in under two minutes
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not cluster" tests/models tests/evaluation tests/data/test_cells.py tests/data/test_ids.py tests/data/test_ingest.py tests/training/test_batches.py tests/test_settings.py tests/test_docs.py
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not cluster" tests/models tests/evaluation tests/data/test_cells.py tests/data/test_ids.py tests/data/test_ingest.py tests/training/test_batches.py tests/settings tests/test_docs.py
 
 test-slow: setup  ## the longer proofs
 	$(BIN)/pytest -m "slow and not cluster"

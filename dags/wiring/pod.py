@@ -6,7 +6,6 @@ termination message, which `hllm` writes: no sidecar, no token, no way from the 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import time
@@ -24,9 +23,7 @@ from airflow.triggers.base import BaseTrigger
 from kubernetes.client import ApiException, V1EnvVar, V1Pod
 from urllib3.exceptions import HTTPError
 
-from hllm.errors import ConfigError, InfraError
-from hllm.models.family import Family, TrainedModel, families
-from hllm.pipeline import export_step
+from hllm.errors import InfraError
 from hllm.settings import Pod, Settings
 from wiring.form import ROOT
 from wiring.runner import Ended, Environment, failure
@@ -65,7 +62,6 @@ class PodStep(KubernetesPodOperator):
         **kwargs: Any,
     ) -> None:
         runner = settings.runner
-        refuse_unknown_steps(runner.steps)
         asked = runner.pod_of(task_id)
         super().__init__(
             task_id=task_id,
@@ -342,31 +338,3 @@ def refused(command: Sequence[str], error: Exception) -> AirflowException:
         said = error.reason
     kind = AirflowFailException if error.status in REFUSED_FOR_GOOD else AirflowException
     return kind(f"{about} answered {error.status}: {said}")
-
-
-def refuse_unknown_steps(named: Mapping[str, Pod]) -> None:
-    """`[runner.steps.NAME]` of a task that no DAG has would silently change nothing; nor can every step be
-    shared between pods."""
-    known = [
-        *("ingest", "validate", "prepare", "evaluate", "register", "publish", "verify", "promote", "reject"),
-        *("refresh-items", "refresh-users", "watch"),
-        *(step for family in families().values() if family.stages for step in _steps_of(family)),
-    ]
-    for name in named:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise ConfigError(
-                f"runner.steps.{name} is not a step."
-                + (f" Did you mean runner.steps.{near[0]}?" if near else ""),
-                remedy=f"Known here: {', '.join(known)}.",
-            )
-        if named[name].nodes > 1 and not name.startswith(("train-", "embed-", "evaluate")):
-            raise ConfigError(
-                f"runner.steps.{name}.nodes is {named[name].nodes}, but only one pod can do that step",
-                remedy="train, embed and evaluate can be shared between pods.",
-            )
-
-
-def _steps_of(family: Family) -> list[str]:
-    trained = [TrainedModel(family, number) for number in range(1, 1 + len(family.stages))]
-    return [*(one.train_step for one in trained), trained[0].embed_step, export_step(family)]

@@ -20,7 +20,7 @@ from hllm.features.monitors import Look, Watched, folder_of
 from hllm.features.views import service_name
 from hllm.registry.versions import VersionInfo, serving_version
 from hllm.settings import Settings
-from hllm.work.artifacts import Store, write_atomically
+from hllm.work.artifacts import Store, sweep, write_atomically
 from hllm.work.objects import read_object, upload
 from hllm.work.termination import say
 
@@ -87,6 +87,7 @@ def prometheus(info: VersionInfo, now: datetime, looks: list[Look]) -> str:
 def _write(settings: Settings, info: VersionInfo, now: datetime, looks: list[Look]) -> str:
     folder, outputs = folder_of(settings), Store(settings.run.root)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     if outputs.remote and (past := read_object(f"{outputs.root}/watch/{HISTORY}")):
         write_atomically(folder / HISTORY, past)  # a pod finds nothing on its own disk
     seen = {"at": now.isoformat(), "version": info.version, **{look.name: look.value for look in looks}}

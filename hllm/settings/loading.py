@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from hllm.errors import ConfigError
 from hllm.settings.keys import describe, nearest, renamed, section_type
+from hllm.settings.rules import check
 from hllm.settings.section import Section
 from hllm.settings.tree import Settings
 
@@ -29,40 +30,86 @@ def load(
     """
     where = str(path) if path else "settings"
     tree = read_toml(Path(path)) if path else {}
-    sources = {}  # dotted key -> where the user typed it
+    sources: dict[str, str] = {}  # dotted key -> where the user typed it
+    typed: dict[str, str] = {}  # dotted key -> as it was typed there
     for key, value in environ.items():
         if key.startswith(ENV_PREFIX):
             dotted = key.removeprefix(ENV_PREFIX).lower().replace("__", ".")
             _put(tree, dotted, value, key)
-            sources[dotted] = key
+            sources[dotted], typed[dotted] = key, value
     for override in overrides:
         dotted, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError("is not of the form section.key=value", where=f"--set {override}")
-        _put(tree, dotted.strip(), value, f"--set {override}")
-        sources[dotted.strip()] = f"--set {override}"
+        if not equals or not dotted.strip():
+            raise ConfigError(
+                "is not of the form section.key=value", where=f"--set {override}", remedy="Like run.seed=18."
+            )
+        dotted = dotted.strip()
+        _put(tree, dotted, value, f"--set {override}")
+        sources[dotted], typed[dotted] = f"--set {override}", value
     refuse_unknown(tree, Settings, "", where, sources)
+    settings = _validated(tree, where, sources, typed)
+    try:
+        check(settings)
+    except ConfigError as error:
+        first, _, remedy = str(error).partition("\n")
+        dotted = first.partition(":")[0]
+        raise ConfigError(first, where=sources.get(dotted, where), remedy=remedy.strip()) from None
+    return settings
+
+
+def _validated(
+    tree: dict[str, Any], where: str, sources: Mapping[str, str], typed: Mapping[str, str]
+) -> Settings:
     try:
         return Settings.model_validate(merge(Settings().model_dump(), tree))
     except ValidationError as error:
         first = error.errors()[0]
         dotted = ".".join(str(part) for part in first["loc"])
+        text = first["type"] == "string_type"
+        if text and dotted in typed and not isinstance(first["input"], str):  # 5, where text is meant
+            _place(tree, dotted, typed[dotted])
+            return _validated(tree, where, sources, {k: v for k, v in typed.items() if k != dotted})
+        advice = f"{dotted}: {describe(dotted)}" if describe(dotted) else ""
         raise ConfigError(
-            f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}",
+            f"{dotted}: {_said(first['msg'])}, got {_shown(first['input'])}",
             where=sources.get(dotted, where),
-            remedy=f"{dotted}: {describe(dotted)}",
+            remedy=("Write it in quotes. " if text else "") + advice,
         ) from None
+
+
+def _said(message: str) -> str:
+    """Pydantic's words, as a part of a sentence."""
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    tree[last] = value
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():
+            raise ConfigError("is not a file", where=path, remedy="Name a TOML file.")
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             "no such settings file", where=path, remedy=f"Looked in {path.resolve()}."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError("is not UTF-8", where=path, remedy="Save it as UTF-8.") from None
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"is not valid TOML: {error}", where=path) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=path) from None
 
 
 def merge(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +128,9 @@ def _put(tree: dict[str, Any], dotted: str, text: str, source: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{parent} is a value, not a section", where=source)
     try:
-        tree[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = tomllib.loads(f"value = {text}")
+        tree[last] = read["value"] if len(read) == 1 else text
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError):
         tree[last] = text
 
 
@@ -112,5 +160,11 @@ def refuse_unknown(
                 remedy=f"Known here: {', '.join(prefix + name for name in model.model_fields)}.",
             )
         section = section_type(model, key)
+        if section and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{dotted} is a section, not a value",
+                where=sources.get(dotted, where),
+                remedy=f"In it: {', '.join(section.model_fields)}.",
+            )
         if section and isinstance(value, Mapping):
             refuse_unknown(value, section, dotted + ".", where, sources)

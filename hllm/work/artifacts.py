@@ -392,9 +392,7 @@ class Store:
 
     def sweep(self, step: str, key: str) -> None:
         """Remove what killed writers left half-written in an output on this machine."""
-        for path in self.folder(step, key).rglob(".*"):
-            if LEFTOVER.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+        sweep(self.folder(step, key))
 
     def finish(self, manifest: Manifest, carried: Collection[str] = ()) -> None:
         """Publish a finished folder: in S3 every file first (but those carried there before), the manifest
@@ -484,6 +482,13 @@ class Store:
                     yield
                 finally:
                     self._claim = None
+
+
+def sweep(folder: Path) -> None:
+    """Remove the half-written files of killed writers. Nobody else may be writing there."""
+    for path in folder.rglob(".*"):
+        if LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def _read_remote(location: str) -> Manifest | None:

@@ -15,11 +15,10 @@ from kubernetes import client as k8s
 from kubernetes.client import ApiException
 from urllib3.exceptions import MaxRetryError
 from wiring.nodes import NodesStep
-from wiring.pod import refuse_unknown_steps
 from wiring.trigger import SetTrigger
 
 from hllm.errors import ConfigError
-from hllm.settings import Pod
+from hllm.settings import load
 from tests.dags.test_pod import cluster, context_of, pod_that, terminated
 
 HERE = Path(__file__).resolve().parent
@@ -281,8 +280,7 @@ def test_a_first_pod_whose_other_was_lost_is_tried_again(step: NodesStep) -> Non
 
 def test_only_steps_that_can_be_shared_may_have_several_pods() -> None:
     with pytest.raises(ConfigError, match=r"runner\.steps\.ingest\.nodes"):
-        refuse_unknown_steps({"ingest": Pod(nodes=2)})
-    refuse_unknown_steps({"train-hllm-1": Pod(nodes=2)})
+        load(HERE / "nodes.toml", ["runner.steps.ingest.nodes=2"], environ={})
 
 
 @pytest.fixture(autouse=True)

@@ -21,11 +21,11 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskD
 from kubernetes import client as k8s
 from kubernetes.client import ApiClient, ApiException
 from urllib3.exceptions import MaxRetryError
-from wiring.pod import PodStep, refuse_unknown_steps, variables
+from wiring.pod import PodStep, variables
 from wiring.trigger import PodTrigger
 
 from hllm.errors import ConfigError
-from hllm.settings import Pod, load
+from hllm.settings import load
 
 HERE = Path(__file__).resolve().parent
 K8S = HERE.parents[1] / "k8s"
@@ -417,7 +417,7 @@ def test_a_template_adds_what_the_cluster_wants(dags: dict[str, Any], tmp_path: 
 
 def test_a_step_that_no_dag_has_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean runner\.steps\.train-hllm-1\?"):
-        refuse_unknown_steps({"train-hlm-1": Pod()})
+        load(HERE / "kubernetes.toml", ["runner.steps.train-hlm-1.gpus=1"], environ={})
 
 
 def test_a_step_says_only_what_differs(tmp_path: Path) -> None:

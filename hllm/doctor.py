@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,12 @@ def examine(settings: Settings) -> Iterator[Finding]:
     if settings.train.zero:
         yield _deepspeed(settings.train.zero)
     yield _asked("data source", lambda: _source(settings), "See the section [data] of the settings.")
-    for name in family(settings.model.family).backbones:
-        tower = f"{settings.model.family}.{name}"
-        backbone = settings.at(f"{tower}.backbone")
-        yield _asked(tower, lambda backbone=backbone: _backbone(backbone), "")  # type: ignore[misc]
+    main = family(settings.model.family)
+    for name in main.backbones:
+        tower, asked = f"{main.name}.{name}", settings.at(f"{main.name}.{name}")
+        reads = main.tokenizer == f"{name}.backbone"
+        look = partial(_backbone, asked.backbone, asked.pretrained, reads)
+        yield _asked(tower, look, "")
     yield _asked("MLflow", lambda: _mlflow(settings), "", service=True)
     remedy = "See feast.registry; HLLM_FEAST_PASSWORD if the server wants one."
     yield _asked("Feast registry", lambda: _registry(settings), remedy, service=True)
@@ -230,13 +233,14 @@ def _source(settings: Settings) -> str:
     return f"{settings.data.source}: {', '.join(Path(location).name for location in found)}"
 
 
-def _backbone(backbone: str) -> str:
+def _backbone(backbone: str, weights: bool = True, tokenizer: bool = False) -> str:
     if not backbone:
         return "a small random decoder (no backbone is named)"
-    from hllm.models.common.backbone import find
+    from hllm.models.common.backbone import find, require_readable
 
     source = find(backbone)
     if source.gguf_file or Path(source.name).is_dir():
+        require_readable(backbone, weights, tokenizer)
         return f"{source.name}{'/' + source.gguf_file if source.gguf_file else ''}"
     from huggingface_hub import try_to_load_from_cache
 

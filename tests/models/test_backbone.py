@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +78,7 @@ def test_weights_are_never_unpickled(saved: Path):
     torch.save(load_whole(find(str(saved))).state_dict(), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     load_whole.cache_clear()
-    with pytest.raises(ConfigError, match="transformers cannot load it"):
+    with pytest.raises(ConfigError, match="its weights are pickles, which are not read"):
         build_decoder(Decoder(backbone=str(saved)), 0)
 
 
@@ -115,7 +117,7 @@ def test_a_backbone_that_would_be_computed_wrongly_is_refused(tmp_path: Path):
 
 def test_folders_and_hub_names_are_left_to_transformers(tmp_path: Path):
     assert find(str(tmp_path)).name == str(tmp_path)
-    assert find("some/name").arguments == {}
+    assert find("some/name").arguments == {"trust_remote_code": False}
 
 
 @pytest.mark.parametrize(
@@ -271,3 +273,66 @@ def test_an_encoder_whose_positions_count_differently_is_refused(tmp_path: Path)
     )
     with pytest.raises(ConfigError, match="nobody has checked that roberta is read"):
         build_decoder(Decoder(backbone=str(tmp_path), pretrained=False), 0)
+
+
+def _folder(saved: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(saved, tmp_path / "damaged"))
+
+
+def _cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+
+
+def _pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 123\n")
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _garbage(folder: Path) -> None:
+    (folder / "config.json").write_text("{half")
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [_cut, _pointer, _pickle, _garbage, _no_config])
+def test_a_damaged_backbone_is_refused_alike(
+    saved: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    from hllm.doctor import _backbone
+    from hllm.models.common.backbone import tokenizer_for
+
+    folder = _folder(saved, tmp_path)
+    damage(folder)
+    asked: list[Callable[[], object]] = [
+        lambda: _backbone(str(folder)),
+        lambda: build_decoder(Decoder(backbone=str(folder)), 256),
+    ]
+    if damage in (_garbage, _no_config):  # `prepare` reads no weights
+        asked.append(lambda: tokenizer_for(str(folder)))
+    for ask in asked:
+        with pytest.raises(ConfigError):
+            ask()
+
+
+def test_code_in_a_model_folder_is_never_run(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    folder, trace = _folder(saved, tmp_path), tmp_path / "it ran"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(trace)!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ConfigError):
+        build_decoder(Decoder(backbone=str(folder)), 256)
+    assert not trace.exists()

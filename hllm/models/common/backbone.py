@@ -32,7 +32,9 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        """Never code from a model's folder, whatever its configuration asks for."""
+        found: dict[str, Any] = {"trust_remote_code": False}
+        return found | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     @property
     def files(self) -> list[Path]:
@@ -136,7 +138,10 @@ class PretrainedTokenizer:
 
 def tokenizer_for(backbone: str) -> ByteTokenizer | PretrainedTokenizer:
     """The tokenizer of a backbone; bytes when no backbone is named."""
-    return PretrainedTokenizer(find(backbone)) if backbone else ByteTokenizer()
+    if not backbone:
+        return ByteTokenizer()
+    require_readable(backbone, weights=False, tokenizer=True)
+    return PretrainedTokenizer(find(backbone))
 
 
 def build_decoder(settings: Decoder, vocabulary: int) -> Any:
@@ -152,13 +157,7 @@ def build_decoder(settings: Decoder, vocabulary: int) -> Any:
     if not settings.backbone:
         return _empty(random_config(settings, vocabulary))
     source = find(settings.backbone)
-    config = shape_of(source)
-    if config.model_type not in READ_RIGHT:
-        raise ConfigError(
-            f"nobody has checked that {config.model_type} is read as its own library reads it",
-            where=f"backbone {settings.backbone}",
-            remedy=TESTED,
-        )
+    config = require_readable(settings.backbone, weights=settings.pretrained)
     if not settings.pretrained:
         config.num_hidden_layers = _layers(settings, config)
         return _empty(config)
@@ -231,6 +230,60 @@ def shape_of(source: Source) -> Any:
 
     with _plain_errors(source), _quiet():
         return AutoConfig.from_pretrained(source.name, **source.arguments).get_text_config()
+
+
+def require_readable(backbone: str, weights: bool = True, tokenizer: bool = False) -> Any:
+    """The configuration of a backbone that a training would take. `hllm doctor`, `prepare` and `train` ask
+    the same: what one of them refuses, none calls good. `weights`, `tokenizer`: whether these are needed.
+
+    Raises:
+        ConfigError: its family is not read, its files are damaged, pickles or of a newer kind, or its
+            tokenizer knows tokens that the model has no embedding for.
+    """
+    source, where = find(backbone), f"backbone {backbone}"
+    config = shape_of(source)
+    if config.model_type not in READ_RIGHT:
+        raise ConfigError(
+            f"nobody has checked that {config.model_type} is read as its own library reads it",
+            where=where,
+            remedy=TESTED,
+        )
+    if weights and not source.gguf_file and Path(source.name).is_dir():
+        _require_weights(Path(source.name))
+    known = PretrainedTokenizer(source).vocabulary if tokenizer else 0
+    if known > config.vocab_size:
+        raise ConfigError(
+            f"its tokenizer knows {known:,} tokens, its model has embeddings of {config.vocab_size:,}",
+            where=where,
+            remedy="Take the tokenizer that belongs to the model.",
+        )
+    return config
+
+
+def _require_weights(folder: Path) -> None:
+    """The headers of all weights can be read: half a file and a pointer to one cannot."""
+    from safetensors import SafetensorError, safe_open
+
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickles = [path.name for path in folder.glob("*.bin")]
+        raise ConfigError(
+            "its weights are pickles, which are not read" if pickles else "there are no weights in it",
+            where=f"backbone {folder}",
+            examples=pickles,
+            remedy="Save it with transformers' save_pretrained, which writes safetensors.",
+        )
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                file.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"is no whole safetensors file: {said}",
+                where=str(path),
+                remedy="Copy it again (half a copy, or a Git LFS pointer: `git lfs pull`).",
+            ) from None
 
 
 def random_config(settings: Decoder, vocabulary: int) -> Any:

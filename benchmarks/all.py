@@ -18,7 +18,7 @@ from measure import arguments, machine, print_table
 
 BENCHMARKS = (
     *("stage1_step", "encode", "stage2_step", "ranking", "cost"),
-    *("publish", "latency", "retrieval", "rollback", "pretrained"),
+    *("publish", "latency", "retrieval", "rollback", "plan", "pretrained"),
 )
 
 

@@ -36,7 +36,7 @@ def test_the_approximate_index_is_measured_against_the_exact_one(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", ["latency", "rollback"])
+@pytest.mark.parametrize("benchmark", ["latency", "rollback", "plan"])
 def test_reading_and_rolling_back_are_measured(benchmark: str, tmp_path: Path) -> None:
     """The first ends with an error when Feast and the straight reader read different vectors."""
     assert any(row["claim"] for row in figures_of(benchmark, tmp_path))

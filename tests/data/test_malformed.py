@@ -415,7 +415,7 @@ def places() -> Iterator[Kind]:
     yield Kind("a pipe", "log.csv", lambda path: os.mkfifo(path), "is not a regular file")
     long = "is longer than a file system allows"
     yield Kind("a name that is too long", "x" * 300 + ".csv", lambda path: None, long)
-    yield Kind("a NUL in the name", "a\0.csv", lambda path: None, "holds a control character")
+    yield Kind("a NUL in the name", "a\0.csv", lambda path: None, "holds a (NUL|control) character")
 
 
 def _linked(path: Path) -> None:

@@ -55,6 +55,7 @@ def split_by_time(folder, log):
         user_id=[f"u{user}" for user in users],
         item_id=[f"i{item}" for item in items],
         timestamp=[START + day * DAY for day in days],
+        nanos=[0] * len(days),
         label=[1] * len(log),
     )
     days_of = Prepare(split="temporal", valid_from="2020-01-05", test_from="2020-01-08")

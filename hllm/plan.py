@@ -82,7 +82,7 @@ def _release_states(settings: Settings, pipeline: str) -> dict[str, str]:
     info = versions.version_of_pipeline(settings, pipeline)
     if info is None:  # another MLflow than the one it was registered in, or somebody deleted the version
         return {"register": "to do"}
-    states = {"register": f"done: version {info.version}, gate {info.tags['gate']}"}
+    states = {"register": f"done: version {info.version}, gate {info.tags.get('gate', 'unknown')}"}
     publication, decision = info.tags.get("publication"), info.tags.get("decision")
     if publication == "publishing":
         states["publish"] = "to do: begun, or found damaged"
@@ -92,11 +92,12 @@ def _release_states(settings: Settings, pipeline: str) -> dict[str, str]:
     if serving and serving.version == info.version:
         states["promote"] = "done: it serves"
     elif decision == "rolled back":
-        states["promote"] = f"rolled back by {info.tags['rolled_back_by']}"
+        states["promote"] = f"rolled back by {info.tags.get('rolled_back_by', '?')}"
     elif decision == "rejected":
-        states["promote"] = f"rejected by {info.tags['decided_by']}"
+        states["promote"] = f"rejected by {info.tags.get('decided_by', '?')}"
     elif decision == "approved" and serving:
-        states["promote"] = f"approved by {info.tags['decided_by']}, but version {serving.version} serves"
+        by = info.tags.get("decided_by", "?")
+        states["promote"] = f"approved by {by}, but version {serving.version} serves"
     elif info.verified:
         states["promote"] = "to do"
     return states

@@ -197,15 +197,15 @@ class Watched:
 
     def drift(self) -> Iterator[Look]:
         """This version beside the one it replaced."""
-        before = self.info.tags.get(REPLACED_TAG, "")
-        if not before.isdigit() or not versions.registered_version(self.settings, before).verified:
+        before = versions.version_named(self.settings, self.info.tags.get(REPLACED_TAG, ""))
+        if before is None or not before.verified:
             return
         names = self._published(ITEM)[:PAIRS_OF]
         pairs = [
             (one, other)
             for one, other in zip(
                 self.online(ITEM, names, self.info.version),
-                self.online(ITEM, names, int(before)),
+                self.online(ITEM, names, before.version),
                 strict=True,
             )
             if one is not None and other is not None

@@ -84,10 +84,10 @@ def to_retire(settings: Settings) -> list[VersionInfo]:
         return []
     known = {info.version: info for info in versions.all_versions(settings)}
     kept = [serving.version]
-    before = serving.tags.get(REPLACED_TAG, "")
-    while before.isdigit() and int(before) in known and int(before) not in kept:
-        kept.append(int(before))
-        before = known[int(before)].tags.get(REPLACED_TAG, "")
+    before = versions.number_in(serving.tags.get(REPLACED_TAG, ""))
+    while before in known and before not in kept:
+        kept.append(before)
+        before = versions.number_in(known[before].tags.get(REPLACED_TAG, ""))
     published = [info for info in known.values() if info.tags.get("publication") in versions.PUBLISHING]
     older = [info.version for info in published if info.version < serving.version]
     kept = [*kept[:KEEP], *(number for number in reversed(older) if number not in kept[:KEEP])][:KEEP]

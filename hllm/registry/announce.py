@@ -27,7 +27,7 @@ def announcement(settings: Settings, version: int) -> dict[str, Any]:
     if len(description) > DESCRIPTION_LIMIT:
         description = description[:DESCRIPTION_LIMIT].rpartition("\n")[0] + "\n\nThe rest is in MLflow."
     store = Store(settings.run.root)
-    report = f"{store.location('register', info.tags['pipeline'])}/report.html"
+    report = f"{store.location('register', info.tags.get('pipeline', ''))}/report.html"
     return {
         "model": info.model,
         "version": info.version,

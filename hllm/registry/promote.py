@@ -161,24 +161,27 @@ def _serves(info: VersionInfo, last: VersionInfo | None) -> bool:
 
 
 def _unfinished_change(settings: Settings, last: VersionInfo | None) -> dict[str, Any] | None:
-    """The change that had been announced, but not settled, when its process ended."""
+    """The change that had been announced, but not settled, when its process ended; none to a version that
+    somebody deleted since."""
     change = _last_change(settings)
-    return change if change and (last is None or last.version != change["to"]) else None
+    if not change or (last is not None and last.version == change["to"]):
+        return None
+    return change if _begun_version(settings, change) else None
 
 
 def _last_change(settings: Settings) -> dict[str, Any]:
     """The change of the champion that was announced last; nothing, where somebody edited its tag."""
     try:
         change = dict(json.loads(versions.model_tags(settings).get(CHANGE_TAG) or "{}"))
-        if change.get("action") in ("promoted", "rolled back") and int(change["to"]) == change["to"]:
+        if change.get("action") in ("promoted", "rolled back") and type(change.get("to")) is int:
             return change
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         pass
     return {}
 
 
-def _begun_version(settings: Settings, change: dict[str, Any]) -> VersionInfo:
-    return versions.registered_version(settings, str(change["to"]))
+def _begun_version(settings: Settings, change: dict[str, Any]) -> VersionInfo | None:
+    return versions.version_named(settings, str(change["to"]))
 
 
 def _earlier(
@@ -186,12 +189,12 @@ def _earlier(
 ) -> VersionInfo:
     """The default of a rollback: finish one that was begun, undo a promotion that was not finished or a move
     made by hand, or else the version that the champion replaced."""
-    if begun and begun["action"] == "rolled back":
-        return _begun_version(settings, begun)
+    if begun and begun["action"] == "rolled back" and (asked := _begun_version(settings, begun)):
+        return asked
     if last and (begun or named is None or named.version != last.version):
         return last
-    replaced = (named.tags if named else {}).get(REPLACED_TAG, "")
-    if not replaced.isdigit():
+    replaced = versions.version_named(settings, named.tags.get(REPLACED_TAG, "")) if named else None
+    if replaced is None:
         known = ", ".join(str(info.version) for info in versions.all_versions(settings) if info.verified)
         remedy = (
             f"Published versions: {known}; choose one with --to." if known else "No version is published yet."
@@ -199,7 +202,7 @@ def _earlier(
         raise ConfigError(
             "there is no earlier champion to go back to", where=settings.mlflow.model_name, remedy=remedy
         )
-    return versions.registered_version(settings, replaced)
+    return replaced
 
 
 def _refuse_rejected(chosen: VersionInfo, approved_at: str = "") -> None:

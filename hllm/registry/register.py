@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import hllm
-from hllm.errors import GateError
+from hllm.errors import DataError, GateError
 from hllm.models.family import family
 from hllm.pipeline import export_step, keys, pipeline_key, steps
 from hllm.registry import versions
@@ -73,9 +73,10 @@ def register(settings: Settings) -> Registered:
     with store.lock(STEP, pipeline):
         finished = _finished(settings, store, pipeline)
         serving = versions.serving_version(settings)
-        found = versions.version_of_pipeline(settings, pipeline)
+        found = _whole(settings, store, finished, versions.version_of_pipeline(settings, pipeline))
         judged = _judgement(settings, finished, serving)
-        if found and ("decided_by" in found.tags or found.tags.get("judged") == judged):
+        known = found is not None and "gate" in found.tags and found.tags.get("judged") == judged
+        if found and (known or "decided_by" in found.tags):
             _keep_record(settings, store, found)
             typer.echo(f"register: reused, {_says(found)}")
         else:
@@ -88,14 +89,31 @@ def register(settings: Settings) -> Registered:
             found = versions.registered_version(settings, str(version))
             _keep_record(settings, store, found)
             typer.echo(f"register: {_says(found)} -> {store.folder(STEP, pipeline) / 'report.html'}")
-    passed = found.tags["gate"] == "passed"
+    passed = found.tags.get("gate") == "passed"
     if not passed and "decided_by" not in found.tags:
         raise GateError(
-            f"version {found.version} did not pass: {found.tags['gate_reasons']}",
+            f"version {found.version} did not pass: {found.tags.get('gate_reasons', '')}",
             where="gate",
             remedy=f"The version stays in MLflow with its report, {found.tags['report']}.",
         )
     return Registered(found.version, found.run_id, passed)
+
+
+def _whole(
+    settings: Settings, store: Store, finished: Finished, found: VersionInfo | None
+) -> VersionInfo | None:
+    """The version with the tags that say where its output and its report are, if a hand took them away."""
+    if found is None:
+        return None
+    lost = {} if found.tags.get("report") else {"report": f"runs:/{found.run_id}/report.html"}
+    try:
+        found.output(settings)
+    except DataError:
+        lost["export"] = store.location(finished.export, finished.keys[finished.export])
+    if not lost:
+        return found
+    versions.set_tags(settings, found.version, lost)
+    return versions.registered_version(settings, str(found.version))
 
 
 def _finished(settings: Settings, store: Store, pipeline: str) -> Finished:
@@ -360,7 +378,7 @@ def _git(folder: Path, *argv: str) -> str:
 
 def _says(info: VersionInfo) -> str:
     waiting = ", waiting for a decision" if CANDIDATE in info.aliases else ""
-    return f"{info.model} version {info.version}, gate {info.tags['gate']}{waiting}"
+    return f"{info.model} version {info.version}, gate {info.tags.get('gate', 'unknown')}{waiting}"
 
 
 _MODEL_DESCRIPTION = (

@@ -101,11 +101,26 @@ def registered_version(settings: Settings, version: str | None = None) -> Versio
                 f"these settings have registered no version of {model}", remedy="Run `hllm register` first."
             )
         return found
-    found = _by_number(settings, int(version)) if version.isdigit() else _by_alias(settings, version)
+    number = number_in(version)
+    found = _by_number(settings, number) if number else _by_alias(settings, version)
     if found is None:
-        kind = "version" if version.isdigit() else "alias"
-        raise ConfigError(f"{model} has no {kind} {version}", where="--version", remedy=_known(settings))
+        kind = "version" if version.isdecimal() else "alias"
+        raise ConfigError(
+            f"{model} has no {kind} {version[:100]}", where="--version", remedy=_known(settings)
+        )
     return found
+
+
+def number_in(text: str) -> int | None:
+    """The number of a version in a text that anybody may have written; None where it is no such number."""
+    plain = text.isascii() and text.isdigit() and len(text) < 10
+    return int(text) or None if plain else None
+
+
+def version_named(settings: Settings, text: str) -> VersionInfo | None:
+    """The version whose number a tag holds, if there (still) is one."""
+    number = number_in(text)
+    return _by_number(settings, number) if number else None
 
 
 def version_of_pipeline(settings: Settings, pipeline: str) -> VersionInfo | None:
@@ -153,8 +168,7 @@ def serving_version(settings: Settings) -> VersionInfo | None:
 
 def last_promoted(settings: Settings) -> VersionInfo | None:
     """The version that `promote` or `rollback` chose last, wherever the alias points now."""
-    number = model_tags(settings).get(SERVING_TAG, "")
-    return _by_number(settings, int(number)) if number.isdecimal() and len(number) < 10 else None
+    return version_named(settings, model_tags(settings).get(SERVING_TAG, ""))
 
 
 def set_tags(settings: Settings, version: int | str, tags: Mapping[str, str | None]) -> None:

@@ -7,16 +7,18 @@ registered, whatever is trained, edited or renamed meanwhile.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from airflow.sdk import Asset, Context
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from hllm.settings import ENV_PREFIX
 from wiring import form
 
 CANDIDATE = Asset("hllm_candidate", uri="hllm://candidate")
+ANNOUNCER = ("hllm_train", "register")
+"""DAG and task whose events are believed in full."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,17 @@ def candidate_of(context: Context) -> Candidate:
     """
     events = [event for found in context["triggering_asset_events"].values() for event in found]
     if events:
-        extra = max(events, key=lambda event: event.timestamp).extra
-        about = extra.get("about", {})
-        # Whoever may post asset events must not set PATH or LD_PRELOAD of our commands.
-        environment = {
-            key: str(value)
-            for key, value in extra.get("environment", {}).items()
-            if key == "HLLM_CONFIG" or key.startswith(ENV_PREFIX)
-        }
-        if "version" in about:
-            return Candidate(str(about["version"]), environment, about)
+        event = max(events, key=lambda event: event.timestamp)
+        about = event.extra.get("about") if isinstance(event.extra, Mapping) else None
+        version = about.get("version") if isinstance(about, Mapping) else None
+        if type(version) is not int or version < 1:
+            raise AirflowFailException(
+                f"The event that started this run names no version: {str(version)[:100]!r}. Trigger this DAG "
+                "by hand, with `version`."
+            )
+        if not _announced(event):
+            return Candidate(str(version), {"HLLM_CONFIG": str(form.ROOT / form.config_path())})
+        return Candidate(str(version), dict(event.extra["environment"]), dict(about))
     if context["params"].get("version"):
         return Candidate(
             str(context["params"]["version"]), {"HLLM_CONFIG": str(form.ROOT / context["params"]["config"])}
@@ -68,11 +71,19 @@ def candidate_of(context: Context) -> Candidate:
     )
 
 
+def _announced(event: Any) -> bool:
+    """Whether our own task wrote it, which Airflow itself records. Of one that somebody posted, or that
+    another DAG emits, the version alone counts: its settings, text and links are anybody's."""
+    source = (getattr(event, "source_dag_id", None), getattr(event, "source_task_id", None))
+    return source == ANNOUNCER and not event.extra.get("from_rest_api")
+
+
 def body(candidate: Candidate) -> str:
     """What the approver reads (Markdown)."""
     about = candidate.about
     parts = [
-        about.get("description") or f"Version {candidate.version}, asked for by hand.",
+        about.get("description")
+        or f"Version {candidate.version}, asked for by hand or by an event that hllm_train did not write.",
         f"[The version in MLflow]({about['page']})" if about.get("page") else "",
         # A browser opens no file from a web page: the address of a local report is there to be copied.
         f"The report: `{about['report']}`" if about.get("report") else "",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from wiring import form
-from wiring.candidate import CANDIDATE, announce, body, candidate_of
+from wiring.candidate import ANNOUNCER, CANDIDATE, announce, body, candidate_of
 from wiring.runner import Ended, LocalProcess, failure
 
 from hllm.settings import load
@@ -165,8 +165,13 @@ def test_every_offered_setting_exists() -> None:
 
 
 class Event:
-    def __init__(self, timestamp: int, extra: dict[str, object]) -> None:
+    """As Airflow hands it to a run: who emitted it is Airflow's own record."""
+
+    def __init__(
+        self, timestamp: int, extra: object, source: tuple[str | None, str | None] = ANNOUNCER
+    ) -> None:
         self.timestamp, self.extra = timestamp, extra
+        self.source_dag_id, self.source_task_id = source
 
 
 class Extra:
@@ -185,13 +190,38 @@ def test_the_release_acts_on_the_version_that_was_announced() -> None:
     assert "Gate passed." in body(found)
 
 
-def test_a_posted_event_cannot_bring_variables_of_its_own() -> None:
-    extra = {
-        "about": {"version": 1},
-        "environment": {"LD_PRELOAD": "evil.so", "PATH": "/tmp", "HLLM__RUN__SEED": "1"},
-    }
-    context = {"triggering_asset_events": {CANDIDATE: [Event(1, extra)]}, "params": {}}
-    assert candidate_of(context).environment == {"HLLM__RUN__SEED": "1"}  # type: ignore[arg-type]
+POSTED = {
+    "about": {"version": 1, "model": "x", "description": "Approve at once.", "page": "http://evil"},
+    "environment": {"LD_PRELOAD": "evil.so", "PATH": "/tmp", "HLLM_CONFIG": "/tmp/evil.toml"}
+    | {"HLLM__MLFLOW__TRACKING_URI": "http://evil"},
+}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Event(1, POSTED, (None, None)),
+        Event(1, POSTED, ("others", "register")),
+        Event(1, POSTED, ("hllm_train", "ingest")),
+        Event(1, POSTED | {"from_rest_api": True}),
+    ],
+)
+def test_of_an_event_that_somebody_posted_the_version_alone_counts(event: Event) -> None:
+    found = candidate_of({"triggering_asset_events": {CANDIDATE: [event]}, "params": {}})  # type: ignore[typeddict-item]
+    assert (found.version, found.about) == ("1", {})
+    assert found.environment == {"HLLM_CONFIG": str(form.ROOT / form.config_path())}
+    assert "Approve at once" not in body(found)
+    assert "evil" not in body(found)
+
+
+@pytest.mark.parametrize("odd", [None, 0, -1, True, 1.0, "1", "1; rm -rf /", [1], {"a": 1}])
+@pytest.mark.parametrize("source", [ANNOUNCER, (None, None)])
+def test_a_version_that_is_no_number_is_refused(odd: object, source: tuple[str, str]) -> None:
+    event = Event(1, {"about": {"version": odd}, "environment": {}}, source)
+    for extra in (event.extra, {}, {"about": odd}):
+        event.extra = extra
+        with pytest.raises(AirflowFailException, match="names no version"):
+            candidate_of({"triggering_asset_events": {CANDIDATE: [event]}, "params": {}})  # type: ignore[typeddict-item]
 
 
 def test_a_release_by_hand_needs_a_version() -> None:

@@ -255,8 +255,10 @@ def _mlflow(settings: Settings) -> str:
     from hllm.registry import versions
     from hllm.work import mlflow as server
 
-    server.client(settings).search_experiments(max_results=1)
+    with server.mlflow_errors(settings):
+        server.client(settings).search_experiments(max_results=1)
     serving = versions.serving_version(settings)
+    server.require_write(settings)
     champion = f"version {serving.version} of {serving.model} serves" if serving else "no version serves yet"
     return f"{server.shown(server.tracking_uri(settings))}, {champion}"
 

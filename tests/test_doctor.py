@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -168,3 +171,65 @@ def test_zero_needs_deepspeed_and_on_a_cpu_a_compiler(
     assert "g++" in find(settings, what).remedy
     monkeypatch.setattr(doctor.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     assert find(settings, what).state == "ok"
+
+
+@contextmanager
+def mlflow_with_permissions(code: int, readable: bool) -> Iterator[str]:
+    """What an MLflow behind a login answers: with a code to everything, or only to what changes something."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            changes = "delete" in self.path or "set-" in self.path
+            status, body = 200, b"{}"
+            if changes or not readable:
+                status, body = code, b"Permission denied"
+            elif "registered-models" in self.path:
+                status, body = 404, b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no model"}'
+            elif "get-by-name" in self.path:
+                body = b'{"experiment": {"experiment_id": "1", "name": "x", "lifecycle_stage": "active"}}'
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_DELETE = do_PATCH = answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(("code", "readable"), [(401, False), (403, False), (403, True)])
+def test_an_mlflow_that_refuses_says_which_credentials_to_look_at(
+    tiny_settings: Build, monkeypatch: pytest.MonkeyPatch, code: int, readable: bool
+) -> None:
+    """Also where only changes are refused: reading alone is not enough."""
+    with mlflow_with_permissions(code, readable) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        finding = find(tiny_settings(), "MLflow")
+    assert finding.state == doctor.MISSING
+    assert "MLflow refuses access" in finding.found
+    assert "MLFLOW_TRACKING_USERNAME" in finding.remedy
+    assert not finding.service  # a retry does not help
+
+
+def test_asking_whether_mlflow_may_be_changed_changes_nothing(tiny_settings: Build) -> None:
+    from hllm.work import mlflow as server
+
+    settings = tiny_settings()
+    client = server.client(settings)
+    client.create_experiment(settings.run.name, tags={"a": "b"})
+    client.create_registered_model(settings.mlflow.model_name, tags={"c": "d"})
+    assert find(settings, "MLflow").state == doctor.OK
+    assert client.get_experiment_by_name(settings.run.name).tags["a"] == "b"
+    assert client.get_registered_model(settings.mlflow.model_name).tags == {"c": "d"}

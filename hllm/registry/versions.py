@@ -206,7 +206,7 @@ def set_tags(settings: Settings, version: int | str, tags: Mapping[str, str | No
 
 def model_tags(settings: Settings) -> dict[str, str]:
     """Tags of the registered model; empty when there is no such model yet."""
-    with _registry(settings) as client, _nothing_found():
+    with _registry(settings) as client, server.nothing_found():
         return dict(client.get_registered_model(settings.mlflow.model_name).tags)
     return {}
 
@@ -223,7 +223,7 @@ def set_alias(settings: Settings, alias: str, version: int) -> None:
 
 
 def remove_alias(settings: Settings, alias: str) -> None:
-    with _registry(settings) as client, _nothing_found():
+    with _registry(settings) as client, server.nothing_found():
         client.delete_registered_model_alias(settings.mlflow.model_name, alias)
 
 
@@ -268,19 +268,6 @@ def _registry(settings: Settings) -> Iterator[Any]:
         yield client
 
 
-@contextmanager
-def _nothing_found() -> Iterator[None]:
-    """MLflow raises where we expect an empty answer, by two different codes."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        absent = error.error_code in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
-        if not absent and "not found" not in str(error.message).lower():
-            raise
-
-
 def _search(settings: Settings, condition: str) -> list[VersionInfo]:
     name = f"name = '{settings.mlflow.model_name}'"
     query, found, page = f"{name} AND {condition}" if condition else name, [], None
@@ -294,13 +281,13 @@ def _search(settings: Settings, condition: str) -> list[VersionInfo]:
 
 
 def _by_number(settings: Settings, version: int) -> VersionInfo | None:
-    with _registry(settings) as client, _nothing_found():
+    with _registry(settings) as client, server.nothing_found():
         return _info(client.get_model_version(settings.mlflow.model_name, str(version)))
     return None
 
 
 def _by_alias(settings: Settings, alias: str) -> VersionInfo | None:
-    with _registry(settings) as client, _nothing_found():
+    with _registry(settings) as client, server.nothing_found():
         return _info(client.get_model_version_by_alias(settings.mlflow.model_name, alias))
     return None
 

@@ -195,7 +195,7 @@ def mlflow_errors(settings: Settings) -> Iterator[None]:
         first = str(error.message).splitlines()[0][:300]
         if error.error_code in {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}:
             remedy = "Check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-            raise InfraError(f"MLflow refuses access: {first}", where=uri, remedy=remedy) from error
+            raise ConfigError(f"MLflow refuses access: {first}", where=uri, remedy=remedy) from error
         if error.error_code in {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}:
             raise ConfigError(f"MLflow refuses the request: {first}", where=uri) from error
         raise InfraError(f"MLflow failed: {first}", where=uri, remedy=_REMEDY) from error
@@ -210,6 +210,37 @@ def mlflow_errors(settings: Settings) -> Iterator[None]:
         root = settings.mlflow.artifact_root
         with s3_errors(root if is_s3(root) else uri, "mlflow.artifact_root" if is_s3(root) else ""):
             raise
+
+
+@contextmanager
+def nothing_found() -> Iterator[None]:
+    """MLflow raises where we expect an empty answer, by two different codes."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        absent = error.error_code in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+        if not absent and "not found" not in str(error.message).lower():
+            raise
+
+
+def require_write(settings: Settings) -> None:
+    """Who may only read finds it out here: a tag that nobody has set is taken away from the experiment and
+    the model, where they exist. That changes nothing and needs the same permission as every change.
+
+    Raises:
+        ConfigError: MLflow refuses.
+        InfraError: MLflow does not answer.
+    """
+    asked = client(settings)
+    with mlflow_errors(settings):
+        experiment = asked.get_experiment_by_name(settings.run.name)
+        if experiment is not None:
+            with nothing_found():
+                asked.delete_experiment_tag(experiment.experiment_id, "hllm.doctor")
+        with nothing_found():
+            asked.delete_registered_model_tag(settings.mlflow.model_name, "hllm.doctor")
 
 
 _REMEDY = (

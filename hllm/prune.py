@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from hllm.errors import HLLMError
 from hllm.pipeline import PRUNED, keys
-from hllm.registry.outputs import Output, outputs_at_work, outputs_of_versions, require_known
+from hllm.registry.outputs import Output, end_lost_runs, outputs_at_work, outputs_of_versions, require_known
 from hllm.settings import Settings
 from hllm.work.artifacts import Manifest, Store
 from hllm.work.termination import say
@@ -54,6 +54,8 @@ def prune(settings: Settings, keep_days: int, dry_run: bool = False) -> list[Man
         typer.echo(tabulate(rows, headers=("step", "key", "made", "MB"), disable_numparse=True))
     if not dry_run:
         going = [each for each in going if _removed(store, each, since)]
+        if ended := end_lost_runs(settings, since):  # now: before, a full disk may have had no room for it
+            typer.echo(f"prune: ended {ended} runs in MLflow whose processes are gone")
     why = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).items())
     say(
         f"prune: {'would free' if dry_run else 'freed'} {sum(sizes[each.key] for each in going):,.1f} MB, "

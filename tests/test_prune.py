@@ -184,6 +184,32 @@ def test_what_is_being_written_is_left_alone(settings: Settings, capsys: pytest.
     assert left(settings) == {("ingest", "written-anew"), ("ingest", "newest")}
 
 
+def test_runs_of_killed_processes_that_nobody_repeats_are_ended(settings: Settings):
+    """So that `hllm watch` does not stay red for ever, and what they read goes one day."""
+    client, store = server.client(settings), Store(settings.run.root)
+    elsewhere = settings.model_copy(update={"run": settings.run.model_copy(update={"root": "/elsewhere"})})
+    parents = {
+        "lost": pipeline(settings, "lost", {"train-hllm-1": "lost"}, runs=True),
+        "at work": pipeline(settings, "at work", {"train-hllm-1": "held"}, runs=True),
+        "young": pipeline(settings, "young", {"train-hllm-1": "young"}, days=3, runs=True),
+        "of others": pipeline(elsewhere, "of others", {"train-hllm-1": "theirs"}, runs=True),
+    }
+
+    def running() -> set[str]:
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        children = client.search_runs(experiments, "tags.`hllm.step` LIKE '%' AND status = 'RUNNING'")
+        of = {run.data.tags[tracking.PARENT_TAG] for run in children}
+        return {name for name, parent in parents.items() if parent in of}
+
+    prune(settings, KEEP, dry_run=True)
+    assert running() == parents.keys()
+    with store.lock("train-hllm-1", "held"):
+        prune(settings, KEEP)
+    assert running() == parents.keys() - {"lost"}
+    assert client.get_run(parents["lost"]).info.status == "KILLED"
+    assert client.get_run(parents["at work"]).info.status == "RUNNING"
+
+
 def test_a_full_disk_gets_room(tmp_path: Path, tiny_settings: Callable[..., Settings], migrated: Path):
     """Outputs and MLflow's database on one disk, on which nothing can be written any more."""
     full, start = tmp_path / "full", tmp_path / "start"

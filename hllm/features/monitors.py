@@ -249,7 +249,8 @@ class Watched:
             f"unfinished work older than {hours:g} h",
             len(left),
             most=0,
-            remedy=f"run again what stopped ({', '.join(sorted(left)[:3])}): each continues where it was.",
+            remedy=f"run again what stopped ({', '.join(sorted(left)[:3])}): each continues where it was. "
+            "What nobody will run again, `hllm prune --keep-days 1` ends.",
         )
 
     def online(self, entity: Entity, names: list[str], version: int) -> list[npt.NDArray[np.float32] | None]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hllm.errors import ConfigError, DataError
+from hllm.errors import ConfigError, DataError, HLLMError
 from hllm.registry.versions import OUTPUT_NAME, VersionInfo, place_of
 from hllm.settings import Settings
 from hllm.settings.keys import renamed
@@ -149,6 +150,37 @@ def outputs_at_work(settings: Settings, since: datetime) -> set[Output]:
                 parents.add(run.data.tags.get(PARENT_TAG))
         runs = [_run(client, parent) for parent in parents if parent]
     return {output for run in runs if run for output in _outputs(run)}
+
+
+def end_lost_runs(settings: Settings, since: datetime) -> int:
+    """Runs of these outputs' steps that began before `since` and still say RUNNING, although no process holds
+    the lock of their output: they were killed, and nobody will run the same again. They end as KILLED; how
+    many they were."""
+    client, store, ended = server.client(settings), Store(settings.run.root), 0
+    with server.mlflow_errors(settings):
+        experiments = [each.experiment_id for each in _all(client.search_experiments)]
+        began = f"attributes.start_time < {int(since.timestamp() * 1000)}"
+        condition = f"tags.`hllm.step` LIKE '%' AND attributes.status = 'RUNNING' AND {began}"
+        for run in list(_all(partial(client.search_runs, experiments, condition))):
+            parent = _run(client, run.data.tags.get(PARENT_TAG, ""))
+            root = parent.data.tags.get("hllm.root") if parent else None
+            if parent is None or root is None or place_of(root) != place_of(settings.run.root):
+                continue  # of others, whose locks are elsewhere
+            step = run.data.tags["hllm.step"]
+            with ExitStack() as held:
+                key = dict(_outputs(parent)).get(step, "")
+                if OUTPUT_NAME.fullmatch(step) and OUTPUT_NAME.fullmatch(key):
+                    try:
+                        held.enter_context(store.lock(step, key))
+                    except HLLMError:
+                        continue  # somebody is at work
+                client.set_tag(run.info.run_id, "hllm.error", "the process disappeared; nobody ran it again")
+                client.set_terminated(run.info.run_id, "KILLED")
+                siblings = f"tags.`{PARENT_TAG}` = '{parent.info.run_id}' AND attributes.status = 'RUNNING'"
+                if not client.search_runs([parent.info.experiment_id], siblings, max_results=1):
+                    client.set_terminated(parent.info.run_id, "KILLED")
+                ended += 1
+    return ended
 
 
 def _outputs(run: Run) -> set[Output]:

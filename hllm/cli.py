@@ -23,13 +23,23 @@ from hllm.settings import Settings
 from hllm.work import launch
 from hllm.work.ranks import told
 from hllm.work.step import limit_threads
-from hllm.work.termination import leave, printable, say, terminate, was_terminated
+from hllm.work.termination import (
+    interrupt,
+    leave,
+    printable,
+    say,
+    terminate,
+    was_interrupted,
+    was_terminated,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", envvar="HLLM_CONFIG", help="Settings file (TOML).")
 ]
+
+
 def _say_version(asked: bool) -> None:
     if asked:
         typer.echo(f"hllm {hllm.__version__}")
@@ -364,7 +374,8 @@ def watch(config: Config = None, set: Set = None, debug: Debug = False) -> None:
 @app.command()
 def prune(
     keep_days: Annotated[
-        int, typer.Option("--keep-days", min=1, help="Younger outputs stay, whatever they are of.")
+        int,
+        typer.Option("--keep-days", min=1, max=36_500, help="Younger outputs stay, whatever they are of."),
     ] = 14,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     config: Config = None,
@@ -482,6 +493,8 @@ def _family(name: str | None, settings: Settings) -> Family:
 def _command(debug: bool) -> Iterator[None]:
     """Errors as a person reads them, and as exit codes that a scheduler acts on."""
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except (SystemExit, typer.Exit):
@@ -494,6 +507,9 @@ def _command(debug: bool) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, Terminated) or was_terminated():
             _end_terminated()
+        if was_interrupted():
+            _say_last("interrupted; the same command continues")
+            raise SystemExit(130) from None
         if debug:
             raise
         ours = as_ours(error)

@@ -132,13 +132,14 @@ def as_ours(error: BaseException) -> HLLMError | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and the driver's own error that a wrapper keeps."""
+    """An error, what it was raised from, and the driver's own error that a wrapper keeps. Not what was being
+    handled when it happened by chance: a bug of ours in a handler stays one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
         inner = getattr(error, "orig", None)
-        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+        error = inner if isinstance(inner, BaseException) else error.__cause__
 
 
 def _of_words(error: BaseException) -> HLLMError | None:

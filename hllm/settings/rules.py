@@ -55,6 +55,8 @@ def families_are_known(settings: Settings) -> None:
                     f"{where}: {name} is not trained: it stands in every evaluation by itself",
                     remedy=f"Trained families: {', '.join(n for n, f in known.items() if f.stages)}.",
                 )
+    if settings.model.family in settings.model.baselines:
+        raise ConfigError(f"model.baselines: {settings.model.family} is the model itself")
     if len(set(settings.model.baselines)) < len(settings.model.baselines):
         raise ConfigError("model.baselines: a family is there twice")
     stages = len(known[settings.model.family].stages)
@@ -164,7 +166,7 @@ def stores_have_addresses(settings: Settings) -> None:
     ):
         if kind == "postgres" and not re.fullmatch(r"(?:[^\s@/:]+@)?[^\s@]+:\d{1,5}/[^\s/]+", text):
             raise ConfigError(
-                f"{where}: {text!r} does not name a PostgreSQL database",
+                f"{where}: {_without_password(text)!r} does not name a PostgreSQL database",
                 remedy="Write [user@]host:port/database; the password comes from HLLM_FEAST_PASSWORD.",
             )
         if kind in ("sqlite", "file"):
@@ -197,7 +199,9 @@ def stores_have_addresses(settings: Settings) -> None:
             except ValueError:
                 usable = False
             if not usable:
-                raise ConfigError(f"mlflow.tracking_uri: {uri!r} is no address of a server")
+                raise ConfigError(
+                    f"mlflow.tracking_uri: {_without_password(uri)!r} is no address of a server"
+                )
     elif not uri.strip():
         raise ConfigError("mlflow.tracking_uri: is empty")
 
@@ -267,6 +271,10 @@ def _families() -> Mapping[str, Any]:
 def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f". Did you mean {prefix}{found[0]}?" if found else ""
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r":[^@/]*@", ":***@", text)
 
 
 def _day(name: str, text: str) -> date:

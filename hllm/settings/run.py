@@ -13,7 +13,7 @@ class Run(Section):
     """Names the pipeline: the MLflow experiment, and the runs that volume and freshness are compared with."""
     root: Folder = "runs/default"
     """Where every step writes: a folder or `s3://bucket/prefix`."""
-    seed: int = 17
+    seed: int = Field(17, ge=0, lt=2**32)
     """Seeds weights, batches, negatives and bootstrap samples."""
     threads: int = Field(0, ge=0)
     """CPU threads for PyTorch and DuckDB, in each process; 0 means every core."""

@@ -33,6 +33,20 @@ def terminate(*_: object) -> None:
         raise Terminated
 
 
+_interrupted: list[bool] = []
+
+
+def interrupt(*_: object) -> None:
+    """The SIGINT handler of commands, likewise: DuckDB makes an error of its own of a KeyboardInterrupt."""
+    _interrupted.append(True)
+    raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed."""
+    return bool(_interrupted)
+
+
 def was_terminated() -> bool:
     """Whether SIGTERM has come to this process."""
     return bool(_asked)

@@ -69,6 +69,12 @@ class Look:
         return f"{self.title} is {self.value:.4g} ({self.limit}): {self.remedy}"
 
 
+def trouble(name: str, title: str, error: Exception) -> Look:
+    """An alert, for an error that must not keep the others from being told."""
+    said = " ".join(str(as_ours(error) or error).split())[:500]
+    return Look(name, title, 1, most=0, remedy=said or type(error).__name__)
+
+
 @dataclass
 class Watched:
     """A version under the eye."""
@@ -90,14 +96,7 @@ class Watched:
             try:
                 yield from getattr(self, name)()
             except Exception as error:  # whatever is broken, the others are looked at
-                ours = as_ours(error) or error
-                yield Look(
-                    f"{name}_unknown",
-                    f"{name} could not be looked at",
-                    1,
-                    most=0,
-                    remedy=" ".join(str(ours).split())[:500],
-                )
+                yield trouble(f"{name}_unknown", f"{name} could not be looked at", error)
 
     def freshness(self) -> Iterator[Look]:
         limits, service = self.settings.watch, registered_service(self.store, self.info.version)

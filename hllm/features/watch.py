@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from hllm.errors import ConfigError, GateError
-from hllm.features.monitors import Look, Watched, folder_of
+from hllm.features.monitors import Look, Watched, folder_of, trouble
 from hllm.features.views import service_name
 from hllm.registry.versions import VersionInfo, serving_version
 from hllm.settings import Settings
@@ -34,7 +34,8 @@ def watch(settings: Settings) -> list[Look]:
 
     Raises:
         ConfigError: nothing serves.
-        GateError: a limit is passed; every one of them, with what to do.
+        GateError: a limit is passed, or something could not be looked at or written; all of it, with what
+            to do.
     """
     info = serving_version(settings)
     if info is None:
@@ -45,7 +46,11 @@ def watch(settings: Settings) -> list[Look]:
         )
     now = datetime.now(UTC).replace(microsecond=0)
     looks = list(Watched(settings, info, now).looks())
-    page = _write(settings, info, now, looks)
+    try:
+        page = _write(settings, info, now, looks)
+    except Exception as error:
+        page = "not written"
+        looks.append(trouble("page_unwritten", "the page could not be written", error))
     alerts = [look for look in looks if look.alert]
     for look in looks:
         typer.echo(

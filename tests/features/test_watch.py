@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -120,6 +121,51 @@ def test_nothing_serves_and_no_data_yet(served, tmp_path):
     unread = served.model_copy(update={"run": served.run.model_copy(update={"name": "another"})})
     with pytest.raises(GateError, match="data_missing"):
         watch(unread)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _scribble(path: Path) -> None:
+    path.write_bytes(b"\xff\x00 no such file \n{" * 40)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+BROKEN = [
+    *(("feast/offline/**/*.parquet", damage, "soundness_unknown") for damage in (_cut, Path.unlink)),
+    *(("feast/registry.db", damage, "freshness_unknown") for damage in (_cut, Path.unlink, _folder)),
+    *(("feast/online.db", damage, "soundness_unknown") for damage in (_scribble, Path.unlink)),
+    *(("root/embed-hllm-3/*/manifest.json", damage, "soundness_unknown") for damage in (_cut, Path.unlink)),
+    *(("root/validate/*/manifest.json", damage, "coverage_unknown") for damage in (_scribble, _folder)),
+    *(("root/watch/*", damage, "") for damage in (_cut, _scribble)),
+    *((f"root/watch/{name}", _folder, "page_unwritten") for name in ("history.jsonl", "index.html")),
+]
+"""What is broken, how, and the alert that says so; none where the watch writes its own files anew."""
+
+
+def test_whatever_is_broken_the_rest_is_looked_at(served, tmp_path, capsys):
+    watch(served)
+    whole = tmp_path / "whole"
+    paths = [Path(served.feast.registry).parent, Path(served.run.root)]
+    for path in paths:
+        shutil.copytree(path, whole / path.name)  # also what was a link to the session's own outputs
+    for pattern, damage, alert in BROKEN:
+        for path in paths:
+            shutil.rmtree(path)
+            shutil.copytree(whole / path.name, path)
+        found = [path for path in paths[0].parent.glob(pattern) if path.exists()]
+        assert found, pattern
+        for path in found:
+            damage(path)
+        capsys.readouterr()
+        with pytest.raises(GateError, match=alert) if alert else contextlib.nullcontext():
+            watch(served)
+        assert capsys.readouterr().out.count("watch: ") >= 5, (pattern, damage)
 
 
 def test_a_source_that_moved_on_and_a_quiet_catalogue_are_no_trouble(served, tmp_path, monkeypatch, capsys):

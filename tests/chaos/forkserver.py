@@ -124,6 +124,15 @@ class ForkServer:
             raise RuntimeError(f"importing {name} has started a thread: cannot fork safely")
 
     def _be(self, job: Job, log: Path) -> None:
+        """Be the command, and end: a signal at the very last must not unwind into the suite's own frames."""
+        code = 70
+        try:
+            code = self._act(job, log)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os._exit(code)
+
+    def _act(self, job: Job, log: Path) -> int:
         code = 70
         try:
             os.setsid()
@@ -157,7 +166,7 @@ class ForkServer:
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        return code
 
 
 def threads() -> int:
